@@ -1,0 +1,17 @@
+"""Diagonal-tiled mixed-precision attention (DMA) for Hugging Face Transformers.
+
+Importing this package registers `attn_implementation="dma"`:
+
+    import dma_hf
+    model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="dma")
+"""
+
+from .attention import diagonal_tiled_attention
+from .config import DMAConfig
+from .plugin import configure, register
+from .quantization import QuantizedTensor, quantize
+from .version import __version__
+
+__all__ = ["DMAConfig", "QuantizedTensor", "__version__", "configure", "diagonal_tiled_attention", "quantize"]
+
+register()

@@ -1,0 +1,174 @@
+"""`DMAConfig`: what the user chooses, validated when it is made."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from .formats import NONE, canonical_name
+
+ScaleRule = Literal["floor", "ceil"]
+PVFormat = Literal["none", "fp8"]
+Backend = Literal["auto", "reference", "triton"]
+
+MIN_TILE = 16
+
+
+@dataclass(frozen=True)
+class DMAConfig:
+    """Settings of diagonal-tiled mixed-precision attention (arXiv 2604.03950).
+
+    The score matrix is cut into square tiles of `tile` tokens. Tiles on the diagonal and in the sink
+    columns multiply Q and K in the `high` format, all others in the `low` format.
+
+    Attributes:
+        low: format of the tiles far from the diagonal: "mxfp8" (= "mxfp8_e4m3"), "mxfp8_e5m2",
+            "mxfp4", "nvfp4", "fp8", "int8" or "none" (unquantised).
+        high: format of diagonal and sink tiles; the same names.
+        diagonal: width of the high-precision diagonal in tokens, a multiple of `tile`; with
+            `diagonal == tile` a query tile sees only its own tile in high precision.
+        sink: leading tokens kept in high precision for every query, a multiple of `tile`.
+        tile: side of a precision tile in tokens, a power of two, at least 16.
+        smooth_k: subtract from K its mean over tokens before quantising (softmax does not change).
+        rotate: multiply Q and K by an orthonormal Hadamard matrix before quantising.
+        scale_rule: how an E8M0 scale is chosen: "floor" (OCP MX v1.0) or "ceil" (nothing saturates).
+        pv: format of the second product: "none" (16-bit) or "fp8" (E4M3, V scaled per channel).
+        backend: "auto", "reference" (PyTorch, any device) or "triton".
+
+    Raises:
+        ValueError: a field holds a value that is not accepted.
+        TypeError: a field holds a value of the wrong type.
+    """
+
+    low: str = "nvfp4"
+    high: str = "mxfp8"
+    diagonal: int = 128
+    sink: int = 128
+    tile: int = 128
+    smooth_k: bool = True
+    rotate: bool = False
+    scale_rule: ScaleRule = "floor"
+    pv: PVFormat = "none"
+    backend: Backend = "auto"
+
+    def __post_init__(self) -> None:
+        # frozen: the canonical spelling is stored through object.__setattr__
+        object.__setattr__(self, "low", canonical_name(self.low, "low"))
+        object.__setattr__(self, "high", canonical_name(self.high, "high"))
+        for name in ("diagonal", "sink", "tile"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"{name}={value!r} must be an int (tokens)")
+        if self.tile < MIN_TILE or self.tile & (self.tile - 1):
+            raise ValueError(f"tile={self.tile} must be a power of two, at least {MIN_TILE}")
+        for name in ("diagonal", "sink"):
+            value = getattr(self, name)
+            if value < 0 or value % self.tile:
+                raise ValueError(
+                    f"{name}={value} must be 0 or a positive multiple of tile={self.tile} (tokens)"
+                )
+        for name in ("smooth_k", "rotate"):
+            value = getattr(self, name)
+            if not isinstance(value, bool):
+                raise TypeError(f"{name}={value!r} must be True or False")
+        for name, choices in _CHOICES.items():
+            value = getattr(self, name)
+            if value not in choices:
+                raise ValueError(f"{name}={value!r} is not accepted; choose from {', '.join(choices)}")
+
+    @property
+    def diagonal_tiles(self) -> int:
+        """Width of the diagonal in tiles."""
+        return self.diagonal // self.tile
+
+    @property
+    def sink_tiles(self) -> int:
+        """Number of leading key tiles kept in high precision."""
+        return self.sink // self.tile
+
+    @property
+    def quantizes(self) -> bool:
+        """Whether any tile is quantised at all."""
+        return self.low != NONE or self.high != NONE
+
+    @classmethod
+    def preset(cls, name: str) -> DMAConfig:
+        """The named setting. Raises ValueError for an unknown name, listing the presets."""
+        if name not in PRESETS:
+            raise ValueError(f"preset={name!r} is unknown; choose from {', '.join(PRESETS)}")
+        return PRESETS[name]
+
+    @classmethod
+    def parse(cls, text: str) -> DMAConfig:
+        """Read a setting from the command line: "paper", "low=mxfp4,diagonal=256", "paper,rotate=true".
+
+        A first part without "=" names the preset to start from; every other part sets a field.
+
+        Raises:
+            ValueError: a part is not `field=value`, a field is unknown, or a value is not accepted.
+        """
+        preset_name = "paper"
+        changes: dict[str, Any] = {}
+        for position, part in enumerate(piece.strip() for piece in text.split(",")):
+            field, equals, value = (piece.strip() for piece in part.partition("="))
+            if not equals:
+                if position > 0 or not part:
+                    raise ValueError(f"config={text!r}: {part!r} is not field=value")
+                preset_name = part
+            elif field not in _FIELD_PARSERS:
+                raise ValueError(
+                    f"config={text!r}: unknown field {field!r}; choose from {', '.join(_FIELD_PARSERS)}"
+                )
+            elif field in changes:
+                raise ValueError(f"config={text!r}: {field!r} is given twice")
+            else:
+                try:
+                    changes[field] = _FIELD_PARSERS[field](value)
+                except ValueError as error:
+                    raise ValueError(f"config={text!r}: {field}={value!r}: {error}") from None
+        return dataclasses.replace(cls.preset(preset_name), **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as plain JSON values."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> DMAConfig:
+        """The inverse of `to_dict`. Raises ValueError for a field that does not exist."""
+        unknown = sorted(set(fields) - set(_FIELD_PARSERS))
+        if unknown:
+            raise ValueError(
+                f"unknown DMAConfig field(s) {', '.join(unknown)}; choose from {', '.join(_FIELD_PARSERS)}"
+            )
+        return cls(**fields)
+
+
+def _parse_bool(text: str) -> bool:
+    values = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+    if text.lower() not in values:
+        raise ValueError("expected true or false")
+    return values[text.lower()]
+
+
+def _parse_int(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError("expected a whole number") from None
+
+
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "scale_rule": get_args(ScaleRule),
+    "pv": get_args(PVFormat),
+    "backend": get_args(Backend),
+}
+_PARSERS_BY_ANNOTATION: dict[str, Any] = {"int": _parse_int, "bool": _parse_bool}
+_FIELD_PARSERS: dict[str, Any] = {
+    field.name: _PARSERS_BY_ANNOTATION.get(str(field.type), str) for field in dataclasses.fields(DMAConfig)
+}
+
+PRESETS: dict[str, DMAConfig] = {
+    # the paper's setting: NVFP4 far away, MXFP8 on one diagonal and one sink tile, keys smoothed
+    "paper": DMAConfig(),
+}

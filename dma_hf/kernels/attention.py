@@ -1,0 +1,450 @@
+"""The attention kernel: sink, low and diagonal tiles of one block of queries, with an online softmax.
+
+One program computes BLOCK_M queries of one head. Query blocks are aligned to positions, not to the first
+query, and blocks of both sides divide the precision tile: so a block of scores lies in one precision
+tile, and block sizes never show in the result.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from ..config import DMAConfig
+from ..transforms import hadamard_size
+from ..tuning import Blocks
+from .encoding import hadamard
+from .interpreter import dot, narrow
+from .operands import (
+    element_of,
+    multiplicand,
+    quantize_rows,
+    scale_bytes,
+    scale_count,
+    scale_granularity,
+    stored_width,
+)
+from .quantize import TILE as SCALE_TILE
+from .quantize import QuantizedKey, token_range
+
+LOG2_E = math.log2(math.e)
+
+
+@triton.jit
+def _load_rows(
+    source, stride_b, stride_h, stride_n, batch, head, row, limit,
+    WIDTH: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, USE_TMA: tl.constexpr,
+):  # fmt: skip
+    """Rows [row, row + ROWS) of one head of `source`, zeros beyond it: [ROWS, COLUMNS]."""
+    if USE_TMA:
+        # the copy engine computes the addresses and fills the rest with zeros: no registers, no masks
+        return tl.reshape(source.load([batch, head, row, 0]), (ROWS, COLUMNS))
+    else:
+        rows = row + tl.arange(0, ROWS)
+        columns = tl.arange(0, COLUMNS)
+        base = source + batch.to(tl.int64) * stride_b + head.to(tl.int64) * stride_h
+        offsets = rows.to(tl.int64)[:, None] * stride_n + columns[None, :]
+        return tl.load(base + offsets, mask=(rows < limit)[:, None] & (columns < WIDTH)[None, :], other=0.0)
+
+
+@triton.jit
+def _load_block_scales(
+    block_scales, first_row, FORMAT: tl.constexpr, COUNT: tl.constexpr, BLOCK_N: tl.constexpr,
+    TILE: tl.constexpr,
+):  # fmt: skip
+    """Block scales of BLOCK_N rows from `first_row` on, [BLOCK_N, COUNT], as `tl.dot_scaled` takes them."""
+    GROUPS: tl.constexpr = (COUNT + 3) // 4
+    if BLOCK_N == TILE and COUNT % 4 == 0:
+        # One contiguous read of the layout that Blackwell's tensor memory holds: the compiler turns this
+        # reshape into the hardware's scale copy (tcgen05.cp) instead of a shuffle through registers.
+        offsets = (first_row // TILE) * (GROUPS * 512) + tl.arange(0, GROUPS * 512)
+        packed = tl.reshape(tl.load(block_scales + offsets), (GROUPS, 32, 4, 4))
+        scales = tl.reshape(tl.permute(packed, (2, 1, 0, 3)), (TILE, COUNT))
+    else:
+        r = (first_row % TILE + tl.arange(0, BLOCK_N))[:, None]
+        c = tl.arange(0, COUNT)[None, :]
+        within = (c // 4) * 512 + (r % 32) * 16 + (r // 32) * 4 + c % 4
+        scales = tl.load(block_scales + (first_row // TILE) * (GROUPS * 512) + within)
+    return _as_scale_type(scales, FORMAT)
+
+
+@triton.jit
+def _as_scale_type(scales, FORMAT: tl.constexpr):
+    """uint8 bytes as the type that tells `tl.dot_scaled` their meaning."""
+    if FORMAT == "nvfp4":
+        return scales.to(tl.float8e4nv, bitcast=True)
+    else:
+        return scales
+
+
+@triton.jit
+def _query_operand(
+    query, mean, scale_log2e, scratch, scratch_offsets, scratch_mask, raw_dtype: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, FORMAT: tl.constexpr, KIND: tl.constexpr, CEIL: tl.constexpr,
+    SMOOTH: tl.constexpr, LOG2_ROTATION: tl.constexpr, ROTATION_NORM: tl.constexpr,
+    VIA_MEMORY: tl.constexpr,
+):  # fmt: skip
+    """The query operand of one precision from `query` [ROWS, COLUMNS] float32.
+
+    Returns:
+        The operand, its block scales (KIND "scaled"; else a placeholder), the factor [ROWS] and the
+        offset [ROWS] that turn products into scores: score = product * factor - offset.
+    """
+    offset = tl.zeros((ROWS,), tl.float32)
+    block_scales = offset
+    if KIND == "raw":
+        factor = tl.zeros((ROWS,), tl.float32) + scale_log2e
+        operand = query.to(raw_dtype)  # exact: it was loaded from that type
+        if SMOOTH:
+            # the other precision multiplies K - mean: give these tiles the same shift, which costs one
+            # number a row, instead of rounding K - mean to 16 bits
+            offset = tl.sum(query * mean[None, :], 1) * scale_log2e
+    else:
+        x = query * scale_log2e
+        if LOG2_ROTATION > 0:
+            x = hadamard(x, ROWS, COLUMNS, LOG2_ROTATION, ROTATION_NORM)
+        scaled, code, scale, token_scale = quantize_rows(x, ROWS, COLUMNS, FORMAT, CEIL)
+        operand, factor = multiplicand(
+            scaled, code, scale, token_scale, None, ROWS, COLUMNS, FORMAT, KIND, False
+        )
+        if KIND == "scaled":
+            block_scales = _as_scale_type(scale_bytes(code, scale, FORMAT), FORMAT)
+        elif VIA_MEMORY:
+            operand = _through_memory(operand, scratch, scratch_offsets, scratch_mask, COLUMNS)
+    return operand, block_scales, factor, offset
+
+
+@triton.jit
+def _through_memory(tile, scratch, row_offsets, mask, COLUMNS: tl.constexpr):
+    """`tile` [rows, COLUMNS], stored to this program's own rows of `scratch` and loaded again.
+
+    Triton hands Hopper's wgmma an operand that was computed in registers as registers, read anew from
+    shared memory at every step, which makes the assembler serialise all wgmma of the loop; an operand
+    that comes from a load stays in shared memory. The rows stay in L2, and are read once.
+    """
+    base = scratch.to(tl.pointer_type(tile.dtype), bitcast=True)
+    step = scratch.dtype.element_ty.primitive_bitwidth // tile.dtype.primitive_bitwidth
+    pointers = base + row_offsets[:, None] * step + tl.arange(0, COLUMNS)[None, :]
+    tl.debug_barrier()  # the loads of what the rows held before are done
+    tl.store(pointers, tile, mask=mask)
+    tl.debug_barrier()
+    return tl.load(pointers, mask=mask, other=0.0)
+
+
+@triton.jit
+def _products(
+    query, query_scales, key, key_scales, FORMAT: tl.constexpr, KIND: tl.constexpr
+):  # fmt: skip
+    """query [BLOCK_M, D] times key [BLOCK_N, D] transposed, float32 [BLOCK_M, BLOCK_N]."""
+    if KIND == "scaled":
+        return tl.dot_scaled(
+            query, query_scales, element_of(FORMAT), tl.trans(key), key_scales, element_of(FORMAT)
+        )
+    elif KIND == "int8":
+        return tl.dot(query, tl.trans(key), out_dtype=tl.int32).to(tl.float32)
+    else:
+        return dot(query, tl.trans(key))
+
+
+@triton.jit
+def _block_start(block, blocks_a, start_a, start_b, BLOCK_N: tl.constexpr):
+    """First key of the `block`-th block of two ranges walked one after the other."""
+    return tl.where(block < blocks_a, start_a + block * BLOCK_N, start_b + (block - blocks_a) * BLOCK_N)
+
+
+@triton.jit
+def _block_products(
+    first, query, query_scales, key, key_block_scales, key_strides, batch, kv_head, key_row0, scale_row0, count,
+    FORMAT: tl.constexpr, KIND: tl.constexpr, KEY_WIDTH: tl.constexpr, KEY_COLUMNS: tl.constexpr,
+    SCALE_COUNT: tl.constexpr, BLOCK_N: tl.constexpr, SCALE_TILE: tl.constexpr, KEY_TMA: tl.constexpr,
+):  # fmt: skip
+    """Products of the queries with the keys [first, first + BLOCK_N)."""
+    k = _load_rows(
+        key, key_strides[0], key_strides[1], key_strides[2], batch, kv_head, key_row0 + first,
+        key_row0 + count, KEY_WIDTH, KEY_COLUMNS, BLOCK_N, KEY_TMA,
+    )  # fmt: skip
+    k_scales = None
+    if KIND == "scaled":
+        k_scales = _load_block_scales(
+            key_block_scales, scale_row0 + first, FORMAT, SCALE_COUNT, BLOCK_N, SCALE_TILE
+        )
+    return _products(query, query_scales, k, k_scales, FORMAT, KIND)
+
+
+@triton.jit
+def _walk(
+    accumulator, row_max, row_sum,  # the online softmax's state
+    query, query_scales, factor, offset, positions,
+    key, key_block_scales, key_scale, value,
+    key_strides, value_strides, batch, kv_head, key_row0, scale_row0, first_token, count,
+    start_a, stop_a, start_b, stop_b,
+    FORMAT: tl.constexpr, KIND: tl.constexpr, KEY_WIDTH: tl.constexpr, KEY_COLUMNS: tl.constexpr,
+    SCALE_COUNT: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_COLUMNS: tl.constexpr,
+    BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, MASK: tl.constexpr, OFFSET: tl.constexpr,
+    SCALE_TILE: tl.constexpr, KEY_TMA: tl.constexpr, VALUE_TMA: tl.constexpr, STAGES: tl.constexpr,
+    PREFETCH: tl.constexpr,
+):  # fmt: skip
+    """Online softmax over the keys [start_a, stop_a) and [start_b, stop_b), all of one precision."""
+    blocks_a = tl.cdiv(tl.maximum(stop_a - start_a, 0), BLOCK_N)
+    blocks_b = tl.cdiv(tl.maximum(stop_b - start_b, 0), BLOCK_N)
+    GRANULARITY: tl.constexpr = scale_granularity(FORMAT, KIND) if KIND != "raw" else "none"
+    if PREFETCH:
+        next_products = _block_products(
+            _block_start(0, blocks_a, start_a, start_b, BLOCK_N), query, query_scales, key, key_block_scales,
+            key_strides, batch, kv_head, key_row0, scale_row0, count,
+            FORMAT, KIND, KEY_WIDTH, KEY_COLUMNS, SCALE_COUNT, BLOCK_N, SCALE_TILE, KEY_TMA,
+        )  # fmt: skip
+    # two ranges in one loop: one copy of the code, and no pipeline drained between them
+    for block in tl.range(0, blocks_a + blocks_b, num_stages=STAGES):
+        first = _block_start(block, blocks_a, start_a, start_b, BLOCK_N)
+        if PREFETCH:
+            scores = next_products
+            next_products = _block_products(
+                _block_start(block + 1, blocks_a, start_a, start_b, BLOCK_N), query, query_scales, key,
+                key_block_scales, key_strides, batch, kv_head, key_row0, scale_row0, count,
+                FORMAT, KIND, KEY_WIDTH, KEY_COLUMNS, SCALE_COUNT, BLOCK_N, SCALE_TILE, KEY_TMA,
+            )  # fmt: skip
+        else:
+            scores = _block_products(
+                first, query, query_scales, key, key_block_scales, key_strides, batch, kv_head, key_row0,
+                scale_row0, count,
+                FORMAT, KIND, KEY_WIDTH, KEY_COLUMNS, SCALE_COUNT, BLOCK_N, SCALE_TILE, KEY_TMA,
+            )  # fmt: skip
+
+        row_factor = factor
+        if GRANULARITY == "tile":
+            # a power of two for the whole tile: joins the row factor, and costs nothing per element
+            row_factor = factor * tl.load(key_scale + (scale_row0 + first) // SCALE_TILE)
+        elif GRANULARITY == "token":
+            scores = scores * tl.load(key_scale + scale_row0 + first + tl.arange(0, BLOCK_N))[None, :]
+        if MASK:
+            columns = first + tl.arange(0, BLOCK_N)
+            visible = (columns < count)[None, :]
+            if CAUSAL:
+                visible = visible & (columns[None, :] <= positions[:, None])
+            scores = tl.where(visible, scores, float("-inf"))
+
+        # the factor is positive, so it commutes with the maximum and joins the subtraction as one FMA
+        block_max = tl.max(scores, 1) * row_factor
+        if OFFSET:
+            block_max -= offset
+        # Rounded up to a whole power of two: every correction is then exact, and the rounding of the
+        # probabilities does not depend on which maximum was running (the reference does the same).
+        new_max = tl.maximum(row_max, tl.ceil(block_max))
+        shift = new_max
+        if MASK:
+            shift = tl.where(new_max == float("-inf"), 0.0, new_max)  # a row that has seen no key yet
+        correction = tl.exp2(row_max - shift)
+        if OFFSET:
+            shift += offset
+        probabilities = tl.exp2(scores * row_factor[:, None] - shift[:, None])
+        row_sum = row_sum * correction + tl.sum(probabilities, 1)
+        accumulator = accumulator * correction[:, None]
+        v = _load_rows(
+            value, value_strides[0], value_strides[1], value_strides[2], batch, kv_head, first_token + first,
+            first_token + count, VALUE_DIM, VALUE_COLUMNS, BLOCK_N, VALUE_TMA,
+        )  # fmt: skip
+        accumulator = dot(narrow(probabilities, v.dtype), v, accumulator)
+        row_max = new_max
+    return accumulator, row_max, row_sum
+
+
+@triton.jit
+def _attention_kernel(
+    query, value, out, scratch, ranges, mean,
+    low_key, low_block_scales, low_scale, high_key, high_block_scales, high_scale,
+    query_length, key_length, scale_log2e, key_rows,
+    query_b, query_h, query_n, value_b, value_h, value_n, out_b, out_h, out_n,
+    scratch_b, scratch_h, scratch_n, low_b, low_h, low_n, high_b, high_h, high_n,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, COLUMNS: tl.constexpr, VALUE_DIM: tl.constexpr,
+    VALUE_COLUMNS: tl.constexpr, CAUSAL: tl.constexpr, LOW_FORMAT: tl.constexpr, LOW_KIND: tl.constexpr,
+    HIGH_FORMAT: tl.constexpr, HIGH_KIND: tl.constexpr, CEIL: tl.constexpr, SMOOTH: tl.constexpr,
+    LOG2_ROTATION: tl.constexpr, ROTATION_NORM: tl.constexpr, PRECISION_TILE: tl.constexpr,
+    DIAGONAL: tl.constexpr, SINK: tl.constexpr, MASK_LOW: tl.constexpr, SCALE_TILE: tl.constexpr,
+    LOW_TMA: tl.constexpr, HIGH_TMA: tl.constexpr, VALUE_TMA: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, HIGH_STAGES: tl.constexpr,
+    PREFETCH: tl.constexpr, VIA_MEMORY: tl.constexpr,
+):  # fmt: skip
+    # heads vary fastest and query blocks run from the last to the first: the longest rows of all heads
+    # start together, and the short ones fill the gaps at the end
+    head, batch = tl.program_id(0), tl.program_id(1)
+    block_m = tl.num_programs(2) - 1 - tl.program_id(2)
+    kv_head = head // GROUP
+    kv_heads = tl.num_programs(0) // GROUP
+    first_token, count = token_range(ranges, batch, key_length)
+
+    # positions count from the sequence's first real token; & -BLOCK_M rounds down, negatives too
+    query_offset = key_length - query_length - first_token
+    position0 = (query_offset & -BLOCK_M) + block_m * BLOCK_M
+    positions = position0 + tl.arange(0, BLOCK_M)
+    rows = positions - query_offset
+    if (position0 - query_offset >= query_length) | (position0 - query_offset + BLOCK_M <= 0):
+        return
+    real_row = (rows >= 0) & (rows < query_length)
+
+    columns = tl.arange(0, COLUMNS)
+    query_base = query + batch.to(tl.int64) * query_b + head.to(tl.int64) * query_h
+    query_pointers = query_base + rows.to(tl.int64)[:, None] * query_n + columns[None, :]
+    query_mask = real_row[:, None] & (columns < HEAD_DIM)[None, :]
+    scratch_base = scratch + batch.to(tl.int64) * scratch_b + head.to(tl.int64) * scratch_h
+    scratch_offsets = rows.to(tl.int64) * scratch_n
+    raw_dtype: tl.constexpr = query.dtype.element_ty
+    channel_mean = tl.zeros((COLUMNS,), tl.float32)
+    if SMOOTH:
+        mean_base = mean + (batch * kv_heads + kv_head) * HEAD_DIM
+        channel_mean = tl.load(mean_base + columns, mask=columns < HEAD_DIM, other=0.0)
+
+    # the regions of this block's row of precision tiles, in tokens (design: sink, then low, then diagonal)
+    tile0 = position0 & -PRECISION_TILE
+    limit = tl.minimum(count, position0 + BLOCK_M) if CAUSAL else count
+    diagonal_start = limit
+    diagonal_stop = limit
+    low_resume = limit
+    if DIAGONAL > 0:
+        diagonal_start = tl.maximum(tile0 + PRECISION_TILE - DIAGONAL, SINK)
+        if not CAUSAL:
+            diagonal_stop = tl.minimum(tile0 + DIAGONAL, limit)
+            low_resume = tl.maximum(diagonal_stop, SINK)
+
+    accumulator = tl.zeros((BLOCK_M, VALUE_COLUMNS), tl.float32)
+    row_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    row_sum = tl.zeros((BLOCK_M,), tl.float32)
+    value_strides = (value_b, value_h, value_n)
+    scale_row0 = (batch * kv_heads + kv_head).to(tl.int64) * key_rows
+
+    # High tiles first: the sink and the diagonal hold most rows' largest scores, so the running maximum
+    # settles early. The query is loaded (from L2) and quantised once for each precision, so that only
+    # one operand is alive in a loop.
+    q = tl.load(query_pointers, mask=query_mask, other=0.0).to(tl.float32)
+    operand, operand_scales, factor, offset = _query_operand(
+        q, channel_mean, scale_log2e, scratch_base, scratch_offsets, query_mask, raw_dtype,
+        BLOCK_M, COLUMNS, HIGH_FORMAT, HIGH_KIND, CEIL, SMOOTH, LOG2_ROTATION, ROTATION_NORM, VIA_MEMORY,
+    )  # fmt: skip
+    accumulator, row_max, row_sum = _walk(
+        accumulator, row_max, row_sum, operand, operand_scales, factor, offset, positions,
+        high_key, high_block_scales, high_scale, value, (high_b, high_h, high_n), value_strides,
+        batch, kv_head, first_token if HIGH_KIND == "raw" else 0, scale_row0, first_token, count,
+        0, tl.minimum(SINK, limit), diagonal_start, diagonal_stop,
+        HIGH_FORMAT, HIGH_KIND, stored_width(HIGH_FORMAT, HIGH_KIND, HEAD_DIM), stored_width(HIGH_FORMAT, HIGH_KIND, COLUMNS),
+        scale_count(HIGH_FORMAT, HIGH_KIND, COLUMNS), VALUE_DIM, VALUE_COLUMNS,
+        BLOCK_N, CAUSAL, True, SMOOTH and HIGH_KIND == "raw", SCALE_TILE, HIGH_TMA, VALUE_TMA, HIGH_STAGES, False,
+    )  # fmt: skip
+
+    q = tl.load(query_pointers, mask=query_mask, other=0.0).to(tl.float32)
+    operand, operand_scales, factor, offset = _query_operand(
+        q, channel_mean, scale_log2e, scratch_base, scratch_offsets, query_mask, raw_dtype,
+        BLOCK_M, COLUMNS, LOW_FORMAT, LOW_KIND, CEIL, SMOOTH, LOG2_ROTATION, ROTATION_NORM, VIA_MEMORY,
+    )  # fmt: skip
+    accumulator, row_max, row_sum = _walk(
+        accumulator, row_max, row_sum, operand, operand_scales, factor, offset, positions,
+        low_key, low_block_scales, low_scale, value, (low_b, low_h, low_n), value_strides,
+        batch, kv_head, first_token if LOW_KIND == "raw" else 0, scale_row0, first_token, count,
+        SINK, tl.minimum(diagonal_start, limit), low_resume, limit,
+        LOW_FORMAT, LOW_KIND, stored_width(LOW_FORMAT, LOW_KIND, HEAD_DIM), stored_width(LOW_FORMAT, LOW_KIND, COLUMNS),
+        scale_count(LOW_FORMAT, LOW_KIND, COLUMNS), VALUE_DIM, VALUE_COLUMNS,
+        BLOCK_N, CAUSAL, MASK_LOW, SMOOTH and LOW_KIND == "raw", SCALE_TILE, LOW_TMA, VALUE_TMA, STAGES, PREFETCH,
+    )  # fmt: skip
+
+    # a row that saw no key is zeros, as in SDPA; NaN sums stay NaN
+    result = accumulator / tl.where(row_sum == 0.0, 1.0, row_sum)[:, None]
+    value_columns = tl.arange(0, VALUE_COLUMNS)
+    out_base = out + batch.to(tl.int64) * out_b + head.to(tl.int64) * out_h
+    out_pointers = out_base + rows.to(tl.int64)[:, None] * out_n + value_columns[None, :]
+    tl.store(out_pointers, narrow(result, out.dtype.element_ty), real_row[:, None] & (value_columns < VALUE_DIM)[None, :])
+
+
+def attend_quantized(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    quantized: QuantizedKey,
+    *,
+    causal: bool,
+    scale: float,
+    config: DMAConfig,
+    blocks: Blocks,
+    use_tma: bool,
+    via_memory: bool,
+    key_ranges: Tensor | None = None,
+) -> Tensor:
+    """Attention of `query` [B, H, M, D] to a quantised K and to `value` [B, Hkv, N, Dv].
+
+    Args:
+        key: the K that was quantised; read where an operand is "raw".
+        quantized: what `quantize_key` made of it.
+        causal, scale, config, key_ranges: as in `reference_attention`.
+        blocks: block sizes and launch options; both blocks divide `config.tile`.
+        use_tma: load K and V with the copy engine (sm_90 and later), where their layout allows it.
+        via_memory: keep the quantised query in shared memory (sm_90), see `_through_memory`.
+
+    Returns:
+        [B, H, M, Dv], stored as [B, M, H, Dv], which is how Transformers wants it next.
+    """
+    batch, heads, query_length, head_dim = query.shape
+    kv_heads, key_length, value_dim = value.shape[1:]
+    columns = triton.next_power_of_2(head_dim)
+    value_columns = triton.next_power_of_2(value_dim)
+    low, high = quantized.low, quantized.high
+    # with one format everywhere the map decides nothing but which loop masks: one diagonal tile
+    same = low is high
+    diagonal, sink = (config.tile, 0) if same else (config.diagonal, config.sink)
+
+    out = query.new_empty(batch, query_length, heads, value_dim).transpose(1, 2)
+    # a program's own rows of the output are free until it writes them: no memory of its own is needed,
+    # unless V's rows are shorter than K's
+    scratch = out
+    if via_memory and head_dim * 2 > value_dim * out.element_size():
+        scratch = query.new_empty(batch, query_length, heads, head_dim).transpose(1, 2)
+    low_key, low_tma = _source(key if low.elements is None else low.elements, columns, blocks, use_tma)
+    high_key, high_tma = _source(key if high.elements is None else high.elements, columns, blocks, use_tma)
+    value_source, value_tma = _source(value, value_columns, blocks, use_tma)
+    mixed = quantized.mean is not None
+    rotation = hadamard_size(head_dim) if config.rotate else 1
+    if key_ranges is None:
+        blocks_m = triton.cdiv((key_length - query_length) % blocks.m + query_length, blocks.m)
+    else:  # where a row's first block starts is known on the device only
+        blocks_m = triton.cdiv(query_length - 1, blocks.m) + 1
+    first_operand = low.elements if low.elements is not None else high.elements
+    key_rows = 0 if first_operand is None else first_operand.shape[2]
+    _attention_kernel[(heads, batch, blocks_m)](
+        query, value_source, out, scratch, key_ranges, quantized.mean,
+        low_key, low.block_scales, low.scale, high_key, high.block_scales, high.scale,
+        query_length, key_length, scale * LOG2_E, key_rows,
+        *query.stride()[:3], *value.stride()[:3], *out.stride()[:3],
+        *scratch.stride()[:3],
+        *(key if low.elements is None else low.elements).stride()[:3],
+        *(key if high.elements is None else high.elements).stride()[:3],
+        GROUP=heads // kv_heads, HEAD_DIM=head_dim, COLUMNS=columns,
+        VALUE_DIM=value_dim, VALUE_COLUMNS=value_columns, CAUSAL=causal,
+        LOW_FORMAT=low.format, LOW_KIND=low.kind, HIGH_FORMAT=high.format, HIGH_KIND=high.kind,
+        CEIL=config.scale_rule == "ceil", SMOOTH=mixed,
+        LOG2_ROTATION=rotation.bit_length() - 1, ROTATION_NORM=1.0 / math.sqrt(rotation),
+        PRECISION_TILE=config.tile, DIAGONAL=diagonal, SINK=sink,
+        # without padding, a causal low tile lies wholly in the past: only these cases cut one
+        MASK_LOW=key_ranges is not None or (diagonal == 0 if causal else key_length % blocks.n != 0),
+        SCALE_TILE=SCALE_TILE, LOW_TMA=low_tma, HIGH_TMA=high_tma, VALUE_TMA=value_tma,
+        BLOCK_M=blocks.m, BLOCK_N=blocks.n, STAGES=blocks.stages,
+        HIGH_STAGES=min(blocks.stages, 2), PREFETCH=blocks.prefetch,
+        VIA_MEMORY=via_memory, num_warps=blocks.warps,
+    )  # fmt: skip
+    return out
+
+
+def _source(tensor: Tensor, columns: int, blocks: Blocks, use_tma: bool) -> tuple[Tensor | TensorDescriptor, bool]:
+    """`tensor` [B, H, rows, width] as the kernel reads it: a TMA descriptor where its layout allows one."""
+    step = 16 // tensor.element_size()  # the copy engine wants 16-byte steps
+    if (
+        not use_tma
+        or tensor.numel() == 0
+        or tensor.data_ptr() % 16
+        or any(stride % step for stride in tensor.stride()[:-1])
+    ):
+        return tensor, False
+    packed = tensor.dtype == torch.uint8
+    block_shape = [1, 1, blocks.n, columns // 2 if packed else columns]
+    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), block_shape), True

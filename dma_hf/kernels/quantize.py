@@ -1,0 +1,308 @@
+"""The fused quantiser: one pass over K writes every operand the attention kernel multiplies.
+
+A small first kernel sums K over its tokens (for smoothing); the second reads each tile of K once,
+smooths and rotates it in registers, and writes the low and the high operand.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..config import DMAConfig
+from ..formats import FORMATS, NONE
+from ..policy import OperandKind
+from ..transforms import hadamard_size
+from .encoding import hadamard, is_finite
+from .operands import multiplicand, quantize_rows, scale_bytes, scale_count, scale_granularity, stored_width
+
+# Tokens a program quantises: the group that Blackwell's scale layout and MXFP4's E4M3 scale share.
+TILE = 128
+# Partial sums of the mean. Each program of the second kernel adds them up again (8 kB from L2), which is
+# cheaper than a third launch; 16 x 8 KV heads is about one program for each multiprocessor.
+MEAN_CHUNKS = 16
+
+_ELEMENT_DTYPES = {
+    "16bit": torch.bfloat16,
+    "e4m3": torch.float8_e4m3fn,
+    "int8": torch.int8,
+}
+
+
+@dataclass(frozen=True)
+class KeyOperand:
+    """K in one format, as the attention kernel reads it.
+
+    Row r of a sequence is its r-th real token (padding on the left is left out), and rows are padded
+    with zeros to a multiple of `TILE`.
+
+    Attributes:
+        format: the format's name.
+        kind: what the tensor core multiplies, see `policy.OperandKind`.
+        elements: [B, Hkv, rows, D] (packed E2M1: D / 2 bytes); None for kind "raw".
+        block_scales: uint8 [B, Hkv, rows / 128, groups, 32, 4, 4], Blackwell's layout: the scale of row
+            r and block c is at [r // 128, c // 4, r % 32, r % 128 // 32, c % 4]. None unless "scaled".
+        scale: float32, multiplies the scores: [B, Hkv, rows] one a token, [B, Hkv, rows / 128] one a
+            tile, or None.
+    """
+
+    format: str
+    kind: OperandKind
+    elements: Tensor | None = None
+    block_scales: Tensor | None = None
+    scale: Tensor | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of extra memory."""
+        parts = (self.elements, self.block_scales, self.scale)
+        return sum(part.numel() * part.element_size() for part in parts if part is not None)
+
+
+@dataclass(frozen=True)
+class QuantizedKey:
+    """K's low and high operand (one object where the formats are the same), and its mean.
+
+    `mean` is float32 [B, Hkv, D]; None without smoothing.
+    """
+
+    low: KeyOperand
+    high: KeyOperand
+    mean: Tensor | None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of extra memory."""
+        operands = {id(o): o.nbytes for o in (self.low, self.high)}
+        mean = 0 if self.mean is None else self.mean.numel() * self.mean.element_size()
+        return sum(operands.values()) + mean
+
+
+@triton.jit
+def token_range(ranges, batch, key_length):
+    """First token and number of tokens of row `batch`."""
+    if ranges is not None:
+        start = tl.load(ranges + batch * 2)
+        return start, tl.load(ranges + batch * 2 + 1) - start
+    else:
+        return 0, key_length
+
+
+@triton.jit
+def _load_tokens(
+    base, first, start, count, stride_n, HEAD_DIM: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """Tokens [first, first + ROWS) of a sequence as float32 [ROWS, COLUMNS], zeros where none are."""
+    row = first + tl.arange(0, ROWS)
+    column = tl.arange(0, COLUMNS)
+    inside = (row < count)[:, None] & (column < HEAD_DIM)[None, :]
+    offsets = (start + row).to(tl.int64)[:, None] * stride_n + column[None, :]
+    return tl.load(base + offsets, mask=inside, other=0.0).to(tl.float32), row < count
+
+
+@triton.jit
+def _mean_kernel(
+    key,
+    partial_sums,
+    ranges,
+    key_length,
+    stride_b,
+    stride_h,
+    stride_n,
+    HEAD_DIM: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHUNKS: tl.constexpr,
+):
+    """Sum of one chunk of the tokens of one head: partial_sums [B, Hkv, CHUNKS, COLUMNS] float32."""
+    chunk, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    start, count = token_range(ranges, batch, key_length)
+    base = key + batch.to(tl.int64) * stride_b + head.to(tl.int64) * stride_h
+    chunk_size = tl.cdiv(tl.cdiv(count, CHUNKS), ROWS) * ROWS
+    last = tl.minimum((chunk + 1) * chunk_size, count)
+    # a sum for each row of the tile, added up once after the loop: no reduction between the loads
+    sums = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for first in tl.range(chunk * chunk_size, last, ROWS):
+        x, _ = _load_tokens(base, first, start, last, stride_n, HEAD_DIM, ROWS, COLUMNS)
+        # NaN and Inf count as zeros, or one bad token would spoil every other
+        sums += tl.where(is_finite(x), x, 0.0)
+    heads = tl.num_programs(1)
+    offset = ((batch * heads + head) * CHUNKS + chunk) * COLUMNS
+    tl.store(partial_sums + offset + tl.arange(0, COLUMNS), tl.sum(sums, 0))
+
+
+@triton.jit
+def _store_operand(
+    x,
+    valid,
+    row0,
+    elements_out,
+    block_scales_out,
+    scale_out,
+    HEAD_DIM: tl.constexpr,
+    TILE: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    FORMAT: tl.constexpr,
+    KIND: tl.constexpr,
+    CEIL: tl.constexpr,
+):
+    """Quantise a tile and write one operand. row0: the tile's first row among all rows of all heads."""
+    scaled, code, scale, token_scale = quantize_rows(x, TILE, COLUMNS, FORMAT, CEIL)
+    tile, token_scale = multiplicand(
+        scaled, code, scale, token_scale, valid, TILE, COLUMNS, FORMAT, KIND, True
+    )
+    WIDTH: tl.constexpr = stored_width(FORMAT, KIND, COLUMNS)
+    STORED: tl.constexpr = stored_width(FORMAT, KIND, HEAD_DIM)
+    row = row0 + tl.arange(0, TILE)
+    column = tl.arange(0, WIDTH)
+    pointers = elements_out + row[:, None] * STORED + column[None, :]
+    tl.store(pointers, tile, mask=(column < STORED)[None, :])
+    if KIND == "scaled":
+        COUNT: tl.constexpr = scale_count(FORMAT, KIND, COLUMNS)
+        GROUPS: tl.constexpr = (COUNT + 3) // 4
+        r = tl.arange(0, TILE)[:, None]
+        c = tl.arange(0, COUNT)[None, :]
+        within = (c // 4) * 512 + (r % 32) * 16 + (r // 32) * 4 + c % 4
+        base = block_scales_out + (row0 // TILE) * (GROUPS * 512)
+        tl.store(base + within, scale_bytes(code, scale, FORMAT))
+    if scale_granularity(FORMAT, KIND) == "token":
+        tl.store(scale_out + row, token_scale)
+    elif scale_granularity(FORMAT, KIND) == "tile":
+        tl.store(scale_out + row0 // TILE, tl.max(token_scale, 0))
+
+
+@triton.jit
+def _quantize_kernel(
+    key,
+    ranges,
+    partial_sums,
+    mean_out,
+    low_elements,
+    low_block_scales,
+    low_scale,
+    high_elements,
+    high_block_scales,
+    high_scale,
+    key_length,
+    rows,
+    stride_b,
+    stride_h,
+    stride_n,
+    HEAD_DIM: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    TILE: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    LOW_FORMAT: tl.constexpr,
+    LOW_KIND: tl.constexpr,
+    HIGH_FORMAT: tl.constexpr,
+    HIGH_KIND: tl.constexpr,
+    CEIL: tl.constexpr,
+    LOG2_ROTATION: tl.constexpr,
+    ROTATION_NORM: tl.constexpr,
+):
+    """One tile of TILE tokens of one head: read once, smoothed, rotated, written in both formats."""
+    tile_index, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    heads = tl.num_programs(1)
+    start, count = token_range(ranges, batch, key_length)
+    base = key + batch.to(tl.int64) * stride_b + head.to(tl.int64) * stride_h
+    x, valid = _load_tokens(base, tile_index * TILE, start, count, stride_n, HEAD_DIM, TILE, COLUMNS)
+    if partial_sums is not None:
+        column = tl.arange(0, COLUMNS)
+        chunk = tl.arange(0, CHUNKS)
+        offset = (batch * heads + head) * CHUNKS * COLUMNS
+        sums = tl.load(partial_sums + offset + chunk[:, None] * COLUMNS + column[None, :])
+        mean = tl.div_rn(tl.sum(sums, 0), tl.maximum(count, 1).to(tl.float32))
+        if tile_index == 0:
+            tl.store(mean_out + (batch * heads + head) * HEAD_DIM + column, mean, mask=column < HEAD_DIM)
+        # rows and columns that do not exist must stay zeros
+        x = tl.where(valid[:, None], x - mean[None, :], 0.0)
+    if LOG2_ROTATION > 0:
+        x = hadamard(x, TILE, COLUMNS, LOG2_ROTATION, ROTATION_NORM)
+    row0 = (batch * heads + head).to(tl.int64) * rows + tile_index * TILE
+    if LOW_KIND != "raw":
+        _store_operand(
+            x, valid, row0, low_elements, low_block_scales, low_scale,
+            HEAD_DIM, TILE, COLUMNS, LOW_FORMAT, LOW_KIND, CEIL,
+        )  # fmt: skip
+    if HIGH_KIND != "raw":
+        _store_operand(
+            x, valid, row0, high_elements, high_block_scales, high_scale,
+            HEAD_DIM, TILE, COLUMNS, HIGH_FORMAT, HIGH_KIND, CEIL,
+        )  # fmt: skip
+
+
+def quantize_key(
+    key: Tensor,
+    config: DMAConfig,
+    low_kind: OperandKind,
+    high_kind: OperandKind,
+    key_ranges: Tensor | None = None,
+) -> QuantizedKey:
+    """Quantise K for the attention kernel, in two launches.
+
+    Args:
+        key: [B, Hkv, N, D], any strides with a contiguous last dimension.
+        config: formats, smoothing, rotation, scale rule.
+        low_kind, high_kind: what the tensor core multiplies, from `policy.operand_kind`.
+        key_ranges: int32 [B, 2] ranges of real tokens, or None.
+    """
+    batch, heads, length, head_dim = key.shape
+    columns = triton.next_power_of_2(head_dim)
+    rows = triton.cdiv(max(length, 1), TILE) * TILE
+    low = _empty_operand(config.low, low_kind, key, rows)
+    same = config.high == config.low
+    high = low if same else _empty_operand(config.high, high_kind, key, rows)
+    if low.kind == "raw" and high.kind == "raw":
+        return QuantizedKey(low, high, None)
+
+    mean = partial_sums = None
+    if config.smooth_k:
+        mean = key.new_empty(batch, heads, head_dim, dtype=torch.float32)
+        partial_sums = key.new_empty(batch, heads, MEAN_CHUNKS, columns, dtype=torch.float32)
+        _mean_kernel[(MEAN_CHUNKS, heads, batch)](
+            key, partial_sums, key_ranges, length, *key.stride()[:3],
+            HEAD_DIM=head_dim, COLUMNS=columns, ROWS=max(16, 8192 // columns), CHUNKS=MEAN_CHUNKS, num_warps=8,
+        )  # fmt: skip
+    rotation = hadamard_size(head_dim) if config.rotate else 1
+    _quantize_kernel[(rows // TILE, heads, batch)](
+        key, key_ranges, partial_sums, mean,
+        low.elements, low.block_scales, low.scale,
+        high.elements, high.block_scales, high.scale,
+        length, rows, *key.stride()[:3],
+        HEAD_DIM=head_dim, COLUMNS=columns, TILE=TILE, CHUNKS=MEAN_CHUNKS,
+        LOW_FORMAT=config.low, LOW_KIND=low.kind,
+        HIGH_FORMAT=config.high, HIGH_KIND="raw" if same else high.kind,
+        CEIL=config.scale_rule == "ceil",
+        LOG2_ROTATION=rotation.bit_length() - 1, ROTATION_NORM=1.0 / math.sqrt(rotation),
+        num_warps=8,
+    )  # fmt: skip
+    return QuantizedKey(low, high, mean)
+
+
+def _empty_operand(format: str, kind: OperandKind, key: Tensor, rows: int) -> KeyOperand:
+    if format == NONE:
+        return KeyOperand(format, "raw")
+    batch, heads, _, head_dim = key.shape
+    fmt = FORMATS[format]
+    dtype, width, block_scales = _ELEMENT_DTYPES.get(kind), head_dim, None
+    if kind == "scaled":
+        assert fmt.block is not None
+        e5m2 = fmt.element == "e5m2"
+        dtype = torch.uint8 if fmt.packed else torch.float8_e5m2 if e5m2 else torch.float8_e4m3fn
+        width = head_dim // 2 if fmt.packed else head_dim
+        groups = triton.cdiv(triton.next_power_of_2(head_dim) // fmt.block, 4)
+        shape = (batch, heads, rows // TILE, groups, 32, 4, 4)
+        block_scales = key.new_empty(shape, dtype=torch.uint8)
+    assert dtype is not None
+    scale = None
+    granularity = scale_granularity(format, kind)
+    if granularity != "none":
+        scale_rows = rows // TILE if granularity == "tile" else rows
+        scale = key.new_empty(batch, heads, scale_rows, dtype=torch.float32)
+    elements = key.new_empty(batch, heads, rows, width, dtype=dtype)
+    return KeyOperand(format, kind, elements, block_scales, scale)

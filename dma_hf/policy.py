@@ -1,0 +1,116 @@
+"""The one place where it is decided what runs: which backend, which tensor-core operands, what SDPA keeps."""
+
+from __future__ import annotations
+
+import warnings
+from functools import lru_cache
+from typing import Literal
+
+import torch
+
+from .config import DMAConfig
+from .formats import NONE, get_format
+
+# A decode step reads the unquantised cache once. Quantising it first would read it once as well and then
+# write and read it again, so there is nothing to save: SDPA already runs at the card's copy rate.
+MAX_DECODE_QUERIES = 16
+
+MIN_HEAD_DIM, MAX_HEAD_DIM = 16, 256
+"""Head dimensions the kernels are built and tested for."""
+
+OperandKind = Literal["raw", "16bit", "e4m3", "int8", "scaled"]
+"""What the tensor core multiplies.
+
+"raw": Q and K as given. "16bit": dequantised elements in bfloat16. "e4m3", "int8": 8-bit elements, one
+scale a token or tile. "scaled": elements and block scales, multiplied by the hardware (`tl.dot_scaled`).
+"""
+
+
+def is_decode_step(query_length: int, key_length: int) -> bool:
+    """Whether a call is a decode step (a few queries against a longer cache), which SDPA serves."""
+    return query_length <= MAX_DECODE_QUERIES and query_length < key_length
+
+
+def operand_kind(format: str, capability: int) -> OperandKind:
+    """What a format becomes on a GPU of compute capability `capability` (90 for sm_90).
+
+    Every choice is exact: the products are those of the dequantised elements, to the last bit.
+    """
+    if format == NONE:
+        return "raw"
+    if capability >= 100 and get_format(format).block is not None:
+        return "scaled"
+    if format == "int8":
+        # Triton has no INT8 MMA for sm_100 and later; INT8 elements are exact in bfloat16
+        return "int8" if capability < 100 else "16bit"
+    # MXFP4 is exact on FP8 tensor cores (dma.md, section 3); NVFP4's and MXFP8's elements times
+    # their block scales are not all E4M3 numbers, but are all bfloat16 numbers
+    if format in ("fp8", "mxfp4") and capability >= 89:
+        return "e4m3"
+    return "16bit"
+
+
+def choose_backend(config: DMAConfig, device: torch.device, head_dim: int, value_dim: int) -> str:
+    """The backend for one call: "reference" or "triton".
+
+    "auto" takes the kernels on a CUDA device and the reference elsewhere.
+
+    Raises:
+        ValueError: `backend="triton"` on a device or a head dimension without kernels.
+    """
+    why_not = _why_not_triton(config, device, head_dim, value_dim)
+    if config.backend == "reference":
+        return "reference"
+    if why_not is None:
+        if device.type == "cuda":
+            _announce_untested(device_capability(device))
+        return "triton"
+    if config.backend == "triton":
+        raise ValueError(f'backend="triton": {why_not}; accepted is backend="auto" or "reference"')
+    if device.type == "cuda":
+        warnings.warn(f"dma runs on the slow PyTorch reference: {why_not}", stacklevel=2)
+    return "reference"
+
+
+def _why_not_triton(config: DMAConfig, device: torch.device, head_dim: int, value_dim: int) -> str | None:
+    for name, size in (("head_dim", head_dim), ("head_dim of value", value_dim)):
+        if not MIN_HEAD_DIM <= size <= MAX_HEAD_DIM:
+            return f"{name}={size} is outside {MIN_HEAD_DIM}..{MAX_HEAD_DIM}"
+        if size % 8:
+            return f"{name}={size} is no multiple of 8"
+    if config.pv != "none":
+        return f"pv={config.pv!r} has no kernel yet"
+    if device.type == "cpu" and interpreting():
+        return None
+    if device.type != "cuda":
+        return f"the kernels need a CUDA device, not {device.type}"
+    return None
+
+
+def interpreting() -> bool:
+    """Whether Triton interprets kernels on the CPU (TRITON_INTERPRET=1), as the tests do."""
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)
+
+
+@lru_cache(maxsize=16)
+def device_capability(device: torch.device) -> int:
+    """Compute capability as one number: 90 for sm_90. The interpreter acts as sm_90."""
+    if device.type != "cuda":
+        return 90
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+RUN_ON = (90,)
+"""Architectures on which this project has run its kernels, not only compiled them."""
+
+
+@lru_cache(maxsize=16)
+def _announce_untested(capability: int) -> None:
+    if capability not in RUN_ON:
+        warnings.warn(
+            f"dma kernels on sm_{capability}: compiled and checked, never run by this project on this hardware",
+            stacklevel=3,
+        )

@@ -1,0 +1,79 @@
+"""The Triton backend: a custom op that quantises K and attends, with everything decided beforehand."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .config import DMAConfig
+from .kernels.attention import attend_quantized
+from .kernels.quantize import quantize_key
+from .policy import device_capability, interpreting, operand_kind
+from .tuning import choose_blocks
+
+
+def triton_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    causal: bool,
+    scale: float,
+    config: DMAConfig,
+    key_ranges: Tensor | None = None,
+) -> Tensor:
+    """Diagonal-tiled mixed-precision attention on the Triton kernels.
+
+    Arguments and result are those of `reference_attention`; the last dimension of every input is
+    contiguous. The result is the same to accumulation order, and the same bits on every run.
+    """
+    out: Tensor = _attention_op(
+        query, key, value, key_ranges, causal, scale, config.low, config.high, config.diagonal,
+        config.sink, config.tile, config.smooth_k, config.rotate, config.scale_rule,
+    )  # fmt: skip
+    return out
+
+
+@torch.library.custom_op("dma_hf::attention", mutates_args=())
+def _attention_op(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_ranges: Tensor | None,
+    causal: bool,
+    scale: float,
+    low: str,
+    high: str,
+    diagonal: int,
+    sink: int,
+    tile: int,
+    smooth_k: bool,
+    rotate: bool,
+    scale_rule: str,
+) -> Tensor:
+    # a custom op takes plain values only, so the setting travels as its fields
+    config = DMAConfig(low, high, diagonal, sink, tile, smooth_k, rotate, scale_rule)  # type: ignore[arg-type]
+    if query.numel() == 0 or key.shape[2] == 0:
+        return _empty_out(query, value).zero_()
+    capability = device_capability(query.device)
+    low_kind, high_kind = operand_kind(low, capability), operand_kind(high, capability)
+    blocks = choose_blocks(
+        capability, query.shape[-1], value.shape[-1], value.element_size(), low_kind, tile
+    )
+    quantized = quantize_key(key, config, low_kind, high_kind, key_ranges)
+    return attend_quantized(
+        query, key, value, quantized,
+        causal=causal, scale=scale, config=config, blocks=blocks,
+        use_tma=capability >= 90 and not interpreting(), via_memory=capability == 90, key_ranges=key_ranges,
+    )  # fmt: skip
+
+
+@_attention_op.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, *args: object) -> Tensor:
+    return _empty_out(query, value)
+
+
+def _empty_out(query: Tensor, value: Tensor) -> Tensor:
+    """[B, H, M, Dv], stored as [B, M, H, Dv]: the strides every path returns."""
+    batch, heads, length, _ = query.shape
+    return query.new_empty(batch, length, heads, value.shape[-1]).transpose(1, 2)

@@ -1,0 +1,111 @@
+"""Recall over distance, DMA against SDPA: where the low-precision tiles would show their damage."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .attention import attention
+from .errors import UsageError, first_line
+from .progress import Advance
+from .recall import passkey_accuracy, second_copy_perplexity
+from .runs import Run
+
+LONGEST_PASSAGE = 512
+PROMPT_RESERVE = 512
+"""Tokens kept free beside the longest default distance, for the passage or the passkey's prompt."""
+
+
+@dataclass(frozen=True)
+class RecallResult:
+    """What one run recalled; the keys of both tables are distances in tokens."""
+
+    run: Run
+    passkey_accuracy: dict[int, float]
+    second_copy_perplexity: dict[int, float]
+    seconds: float
+
+    def summary(self) -> dict[str, Any]:
+        """The run as results files hold it."""
+        return {
+            **self.run.describe(),
+            "passkey_accuracy": {str(d): value for d, value in self.passkey_accuracy.items()},
+            "second_copy_perplexity": {str(d): value for d, value in self.second_copy_perplexity.items()},
+            "seconds": self.seconds,
+        }
+
+
+def default_distances(context: int) -> list[int]:
+    """Four distances up to what fits into ``context``: 512, 1024, 2048 and 3584 of 4,096 tokens.
+
+    Raises:
+        UsageError: if the context is too short to hold a prompt and a distance worth the name.
+    """
+    reach = context - PROMPT_RESERVE
+    if reach < PROMPT_RESERVE:
+        raise UsageError(
+            f"the model's context of {context} tokens is too short for recall"
+            f" ({2 * PROMPT_RESERVE} are needed)"
+        )
+    return [reach * part // 7 for part in (1, 2, 4, 7)]
+
+
+def passage_length(distances: Sequence[int]) -> int:
+    """The passage that is repeated: no longer than the shortest way between its two copies."""
+    return min(LONGEST_PASSAGE, *distances)
+
+
+def compare_recall(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    tokens: Tensor,
+    runs: Sequence[Run],
+    *,
+    distances: Sequence[int],
+    samples: int,
+    advance: Advance = lambda steps: None,
+) -> list[RecallResult]:
+    """Passkey accuracy and second-copy perplexity of every run at every distance.
+
+    Args:
+        model: a causal language model in evaluation mode.
+        tokenizer: its tokenizer.
+        text: what stands around and between the things to recall.
+        tokens: the same text's ids, LongTensor [tokens].
+        runs: the attentions.
+        distances: in tokens.
+        samples: passkeys, and as many passages, per distance.
+        advance: told 1 after each of ``2 * runs * distances * samples`` forward passes.
+
+    Raises:
+        UsageError: if a distance does not fit the model or the text, or DMA refuses a run.
+    """
+    results = []
+    for run in runs:
+        start = time.perf_counter()
+        try:
+            with attention(model, run.config):
+                accuracy = passkey_accuracy(
+                    model, tokenizer, text, distances=distances, samples=samples, progress=advance
+                )
+                perplexity = {
+                    distance: second_copy_perplexity(
+                        model,
+                        tokens,
+                        passage=passage_length(distances),
+                        distance=distance,
+                        samples=samples,
+                        progress=advance,
+                    )
+                    for distance in distances
+                }
+        except (NotImplementedError, ValueError) as error:
+            raise UsageError(f"recall with '{run.name}': {first_line(error)}") from error
+        results.append(RecallResult(run, accuracy, perplexity, time.perf_counter() - start))
+    return results
