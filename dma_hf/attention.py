@@ -56,16 +56,25 @@ def diagonal_tiled_attention(
     check_inputs(query, key, value)
     key_ranges = None
     if padding_mask is not None:
+        if not isinstance(padding_mask, Tensor):
+            raise TypeError(f"padding_mask is a {type(padding_mask).__name__}; accepted is a tensor")
+        if padding_mask.is_floating_point():
+            raise TypeError(
+                f"padding_mask has dtype {padding_mask.dtype}; accepted are bool and integers, non-zero for"
+                " real tokens (an additive mask would be read the wrong way round)"
+            )
         if padding_mask.shape != (key.shape[0], key.shape[2]):
             raise ValueError(
                 f"padding_mask has shape {list(padding_mask.shape)};"
                 f" accepted is [batch, key_length] = [{key.shape[0]}, {key.shape[2]}]"
             )
         key_ranges = padding_ranges(padding_mask.to(query.device))
-    scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else float(scale)
+    scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
+        raise TypeError(f"scale={scale!r} must be a number")
     if not (math.isfinite(scale) and scale > 0):
         raise ValueError(f"scale={scale} must be finite and positive")
-    return attend(query, key, value, causal=causal, scale=scale, config=config, key_ranges=key_ranges)
+    return attend(query, key, value, causal=causal, scale=float(scale), config=config, key_ranges=key_ranges)
 
 
 def attend(

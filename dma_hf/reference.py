@@ -103,9 +103,14 @@ def _attend(
 
     probability_dtype, value = value.dtype, value.float()
     if config.pv == "fp8":
-        # the largest magnitude of each channel of V becomes E4M3's largest
-        value_scale = (value.abs().amax(-2, keepdim=True) / 448.0).clamp(min=torch.finfo().tiny)
-        value = encode_e4m3(value / value_scale).float()
+        # the largest magnitude of each channel of V becomes E4M3's largest; a NaN or Inf stays what it
+        # is and does not count, or one bad token would spoil its channel for every row
+        finite = value.isfinite()
+        magnitude = torch.where(finite, value.abs(), 0.0)
+        # a row of zeros in front gives channels without tokens a maximum, too
+        channel_max = torch.nn.functional.pad(magnitude, (0, 0, 1, 0)).amax(-2, keepdim=True)
+        value_scale = (channel_max / 448.0).clamp(min=torch.finfo(torch.float32).tiny)
+        value = torch.where(finite, encode_e4m3(value / value_scale).float(), value)
 
     out = query.new_zeros(*query.shape[:-1], value.shape[-1])
     first = 0

@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .policy import OperandKind
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """Queries (`m`) and keys (`n`) of one step of the kernel, warps and pipeline stages."""
+    """How one call of the attention kernel is cut up.
+
+    Attributes:
+        m, n: queries and keys of one step over low tiles.
+        high_n: keys of one step over high tiles, which are wider in bytes.
+        warps: warps of a program.
+        stages: pipeline stages of the loop over low tiles.
+        high_stages: pipeline stages of the loop over high tiles. At least 2 on Hopper: one loop that is
+            not pipelined makes the assembler serialise the wgmma of the whole kernel.
+        max_registers: cap per thread, to fit more programs on a multiprocessor; None for none.
+    """
 
     m: int
     n: int
+    high_n: int
     warps: int
     stages: int
-    prefetch: bool = False
+    high_stages: int = 2
+    max_registers: int | None = None
 
 
 def choose_blocks(
@@ -32,11 +44,11 @@ def choose_blocks(
     """
     dim = max(head_dim, value_dim)
     if element_size == 4:  # float32: room in shared memory and registers decides, not speed
-        blocks = Blocks(32, 32, 4, 1) if dim > 64 else Blocks(64, 32, 4, 1)
+        blocks = Blocks(32, 32, 32, 4, 1) if dim > 64 else Blocks(64, 32, 32, 4, 1)
     elif capability >= 100:
-        blocks = Blocks(128, 128, 8, 2) if dim <= 128 else Blocks(128, 64, 8, 2)
+        blocks = Blocks(128, 128, 128, 8, 2) if dim <= 128 else Blocks(128, 64, 64, 8, 2)
     elif capability >= 90:
-        blocks = Blocks(128, 128, 8, 2) if dim <= 128 else Blocks(128, 64, 8, 2)
+        blocks = Blocks(128, 128, 128, 8, 2) if dim <= 128 else Blocks(128, 64, 64, 8, 2)
     else:
-        blocks = Blocks(64, 64, 4, 2) if dim <= 128 else Blocks(64, 32, 4, 2)
-    return Blocks(min(blocks.m, tile), min(blocks.n, tile), blocks.warps, blocks.stages)
+        blocks = Blocks(64, 64, 64, 4, 2) if dim <= 128 else Blocks(64, 32, 32, 4, 2)
+    return replace(blocks, m=min(blocks.m, tile), n=min(blocks.n, tile), high_n=min(blocks.high_n, tile))

@@ -21,7 +21,7 @@ INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
 
 LONGEST_DEFAULT_CONTEXT = 4096
 SHORTEST_CONTEXT = 16  # holds a passage and its copy, if barely
-DEFAULT_MAX_TOKENS = 16_384
+DEFAULT_MAX_TOKENS = 12_288
 DEFAULT_RECALL_SAMPLES = 8
 DEFAULT_RECALL_CONFIGS = ("paper",)
 

@@ -17,6 +17,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import dma_hf  # noqa: F401  (registers "dma")
 
+# the tensors are tiny: threads would only wait for one another, for minutes on a busy machine
+torch.set_num_threads(1)
+
 hypothesis.settings.register_profile("deterministic", derandomize=True, deadline=None, database=None)
 hypothesis.settings.load_profile("deterministic")
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
@@ -51,7 +53,8 @@ KV = torch.ones(2, 2, 7, 16)
             NotImplementedError,
             r"padding_mask has padding between real tokens",
         ),
-        ({"config": DMAConfig(backend="triton")}, NotImplementedError, r'backend="triton"'),
+        ({"scale": -1.0}, ValueError, r"scale=-1.0 must be finite and positive"),
+        ({"scale": 0.0}, ValueError, r"scale=0.0 must be finite and positive"),
     ],
     ids=lambda value: "+".join(value) if isinstance(value, dict) else "",
 )
@@ -60,6 +63,12 @@ def test_bad_input_is_named(arguments, error, message):
     with pytest.raises(error, match=message) as caught:
         diagonal_tiled_attention(**arguments)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.skipif(bool(os.environ.get("TRITON_INTERPRET")), reason="the interpreter runs kernels on a CPU")
+def test_the_kernels_are_refused_on_a_cpu():
+    with pytest.raises(ValueError, match=r'backend="triton".*reference'):
+        diagonal_tiled_attention(Q, KV, KV, config=DMAConfig(backend="triton"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -152,31 +152,6 @@ def _products(
 
 
 @triton.jit
-def _block_start(block, blocks_a, start_a, start_b, BLOCK_N: tl.constexpr):
-    """First key of the `block`-th block of two ranges walked one after the other."""
-    return tl.where(block < blocks_a, start_a + block * BLOCK_N, start_b + (block - blocks_a) * BLOCK_N)
-
-
-@triton.jit
-def _block_products(
-    first, query, query_scales, key, key_block_scales, key_strides, batch, kv_head, key_row0, scale_row0, count,
-    FORMAT: tl.constexpr, KIND: tl.constexpr, KEY_WIDTH: tl.constexpr, KEY_COLUMNS: tl.constexpr,
-    SCALE_COUNT: tl.constexpr, BLOCK_N: tl.constexpr, SCALE_TILE: tl.constexpr, KEY_TMA: tl.constexpr,
-):  # fmt: skip
-    """Products of the queries with the keys [first, first + BLOCK_N)."""
-    k = _load_rows(
-        key, key_strides[0], key_strides[1], key_strides[2], batch, kv_head, key_row0 + first,
-        key_row0 + count, KEY_WIDTH, KEY_COLUMNS, BLOCK_N, KEY_TMA,
-    )  # fmt: skip
-    k_scales = None
-    if KIND == "scaled":
-        k_scales = _load_block_scales(
-            key_block_scales, scale_row0 + first, FORMAT, SCALE_COUNT, BLOCK_N, SCALE_TILE
-        )
-    return _products(query, query_scales, k, k_scales, FORMAT, KIND)
-
-
-@triton.jit
 def _walk(
     accumulator, row_max, row_sum,  # the online softmax's state
     query, query_scales, factor, offset, positions,
@@ -187,39 +162,32 @@ def _walk(
     SCALE_COUNT: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_COLUMNS: tl.constexpr,
     BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, MASK: tl.constexpr, OFFSET: tl.constexpr,
     SCALE_TILE: tl.constexpr, KEY_TMA: tl.constexpr, VALUE_TMA: tl.constexpr, STAGES: tl.constexpr,
-    PREFETCH: tl.constexpr,
 ):  # fmt: skip
     """Online softmax over the keys [start_a, stop_a) and [start_b, stop_b), all of one precision."""
     blocks_a = tl.cdiv(tl.maximum(stop_a - start_a, 0), BLOCK_N)
     blocks_b = tl.cdiv(tl.maximum(stop_b - start_b, 0), BLOCK_N)
     GRANULARITY: tl.constexpr = scale_granularity(FORMAT, KIND) if KIND != "raw" else "none"
-    if PREFETCH:
-        next_products = _block_products(
-            _block_start(0, blocks_a, start_a, start_b, BLOCK_N), query, query_scales, key, key_block_scales,
-            key_strides, batch, kv_head, key_row0, scale_row0, count,
-            FORMAT, KIND, KEY_WIDTH, KEY_COLUMNS, SCALE_COUNT, BLOCK_N, SCALE_TILE, KEY_TMA,
-        )  # fmt: skip
     # two ranges in one loop: one copy of the code, and no pipeline drained between them
     for block in tl.range(0, blocks_a + blocks_b, num_stages=STAGES):
-        first = _block_start(block, blocks_a, start_a, start_b, BLOCK_N)
-        if PREFETCH:
-            scores = next_products
-            next_products = _block_products(
-                _block_start(block + 1, blocks_a, start_a, start_b, BLOCK_N), query, query_scales, key,
-                key_block_scales, key_strides, batch, kv_head, key_row0, scale_row0, count,
-                FORMAT, KIND, KEY_WIDTH, KEY_COLUMNS, SCALE_COUNT, BLOCK_N, SCALE_TILE, KEY_TMA,
-            )  # fmt: skip
-        else:
-            scores = _block_products(
-                first, query, query_scales, key, key_block_scales, key_strides, batch, kv_head, key_row0,
-                scale_row0, count,
-                FORMAT, KIND, KEY_WIDTH, KEY_COLUMNS, SCALE_COUNT, BLOCK_N, SCALE_TILE, KEY_TMA,
-            )  # fmt: skip
+        first = tl.where(block < blocks_a, start_a + block * BLOCK_N, start_b + (block - blocks_a) * BLOCK_N)
+        k = _load_rows(
+            key, key_strides[0], key_strides[1], key_strides[2], batch, kv_head, key_row0 + first,
+            key_row0 + count, KEY_WIDTH, KEY_COLUMNS, BLOCK_N, KEY_TMA,
+        )  # fmt: skip
+        k_scales = None
+        if KIND == "scaled":
+            k_scales = _load_block_scales(
+                key_block_scales, scale_row0 + first, FORMAT, SCALE_COUNT, BLOCK_N, SCALE_TILE
+            )
+        scores = _products(query, query_scales, k, k_scales, FORMAT, KIND)
 
         row_factor = factor
         if GRANULARITY == "tile":
-            # a power of two for the whole tile: joins the row factor, and costs nothing per element
-            row_factor = factor * tl.load(key_scale + (scale_row0 + first) // SCALE_TILE)
+            # A power of two for the whole tile: joins the row factor, and costs nothing per element.
+            # Adding 0 * row_sum (NaN only where the row is NaN already) puts the product in the layout of
+            # the softmax's state; without it Triton moves the factors through shared memory every step.
+            tile_scale = tl.load(key_scale + (scale_row0 + first) // SCALE_TILE)
+            row_factor = (factor + 0.0 * row_sum) * tile_scale
         elif GRANULARITY == "token":
             scores = scores * tl.load(key_scale + scale_row0 + first + tl.arange(0, BLOCK_N))[None, :]
         if MASK:
@@ -256,7 +224,7 @@ def _walk(
 
 @triton.jit
 def _attention_kernel(
-    query, value, out, scratch, ranges, mean,
+    query, low_value, high_value, out, scratch, ranges, mean,
     low_key, low_block_scales, low_scale, high_key, high_block_scales, high_scale,
     query_length, key_length, scale_log2e, key_rows,
     query_b, query_h, query_n, value_b, value_h, value_n, out_b, out_h, out_n,
@@ -268,7 +236,7 @@ def _attention_kernel(
     DIAGONAL: tl.constexpr, SINK: tl.constexpr, MASK_LOW: tl.constexpr, SCALE_TILE: tl.constexpr,
     LOW_TMA: tl.constexpr, HIGH_TMA: tl.constexpr, VALUE_TMA: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, HIGH_STAGES: tl.constexpr,
-    PREFETCH: tl.constexpr, VIA_MEMORY: tl.constexpr,
+    HIGH_BLOCK_N: tl.constexpr, VIA_MEMORY: tl.constexpr,
 ):  # fmt: skip
     # heads vary fastest and query blocks run from the last to the first: the longest rows of all heads
     # start together, and the short ones fill the gaps at the end
@@ -327,12 +295,12 @@ def _attention_kernel(
     )  # fmt: skip
     accumulator, row_max, row_sum = _walk(
         accumulator, row_max, row_sum, operand, operand_scales, factor, offset, positions,
-        high_key, high_block_scales, high_scale, value, (high_b, high_h, high_n), value_strides,
+        high_key, high_block_scales, high_scale, high_value, (high_b, high_h, high_n), value_strides,
         batch, kv_head, first_token if HIGH_KIND == "raw" else 0, scale_row0, first_token, count,
         0, tl.minimum(SINK, limit), diagonal_start, diagonal_stop,
         HIGH_FORMAT, HIGH_KIND, stored_width(HIGH_FORMAT, HIGH_KIND, HEAD_DIM), stored_width(HIGH_FORMAT, HIGH_KIND, COLUMNS),
         scale_count(HIGH_FORMAT, HIGH_KIND, COLUMNS), VALUE_DIM, VALUE_COLUMNS,
-        BLOCK_N, CAUSAL, True, SMOOTH and HIGH_KIND == "raw", SCALE_TILE, HIGH_TMA, VALUE_TMA, HIGH_STAGES, False,
+        HIGH_BLOCK_N, CAUSAL, True, SMOOTH and HIGH_KIND == "raw", SCALE_TILE, HIGH_TMA, VALUE_TMA, HIGH_STAGES,
     )  # fmt: skip
 
     q = tl.load(query_pointers, mask=query_mask, other=0.0).to(tl.float32)
@@ -342,12 +310,12 @@ def _attention_kernel(
     )  # fmt: skip
     accumulator, row_max, row_sum = _walk(
         accumulator, row_max, row_sum, operand, operand_scales, factor, offset, positions,
-        low_key, low_block_scales, low_scale, value, (low_b, low_h, low_n), value_strides,
+        low_key, low_block_scales, low_scale, low_value, (low_b, low_h, low_n), value_strides,
         batch, kv_head, first_token if LOW_KIND == "raw" else 0, scale_row0, first_token, count,
         SINK, tl.minimum(diagonal_start, limit), low_resume, limit,
         LOW_FORMAT, LOW_KIND, stored_width(LOW_FORMAT, LOW_KIND, HEAD_DIM), stored_width(LOW_FORMAT, LOW_KIND, COLUMNS),
         scale_count(LOW_FORMAT, LOW_KIND, COLUMNS), VALUE_DIM, VALUE_COLUMNS,
-        BLOCK_N, CAUSAL, MASK_LOW, SMOOTH and LOW_KIND == "raw", SCALE_TILE, LOW_TMA, VALUE_TMA, STAGES, PREFETCH,
+        BLOCK_N, CAUSAL, MASK_LOW, SMOOTH and LOW_KIND == "raw", SCALE_TILE, LOW_TMA, VALUE_TMA, STAGES,
     )  # fmt: skip
 
     # a row that saw no key is zeros, as in SDPA; NaN sums stay NaN
@@ -400,9 +368,12 @@ def attend_quantized(
     scratch = out
     if via_memory and head_dim * 2 > value_dim * out.element_size():
         scratch = query.new_empty(batch, query_length, heads, head_dim).transpose(1, 2)
-    low_key, low_tma = _source(key if low.elements is None else low.elements, columns, blocks, use_tma)
-    high_key, high_tma = _source(key if high.elements is None else high.elements, columns, blocks, use_tma)
-    value_source, value_tma = _source(value, value_columns, blocks, use_tma)
+    low_key, low_tma = _source(key if low.elements is None else low.elements, columns, blocks.n, use_tma)
+    high_key, high_tma = _source(
+        key if high.elements is None else high.elements, columns, blocks.high_n, use_tma
+    )
+    low_value, value_tma = _source(value, value_columns, blocks.n, use_tma)
+    high_value, _ = _source(value, value_columns, blocks.high_n, use_tma)
     mixed = quantized.mean is not None
     rotation = hadamard_size(head_dim) if config.rotate else 1
     if key_ranges is None:
@@ -412,7 +383,7 @@ def attend_quantized(
     first_operand = low.elements if low.elements is not None else high.elements
     key_rows = 0 if first_operand is None else first_operand.shape[2]
     _attention_kernel[(heads, batch, blocks_m)](
-        query, value_source, out, scratch, key_ranges, quantized.mean,
+        query, low_value, high_value, out, scratch, key_ranges, quantized.mean,
         low_key, low.block_scales, low.scale, high_key, high.block_scales, high.scale,
         query_length, key_length, scale * LOG2_E, key_rows,
         *query.stride()[:3], *value.stride()[:3], *out.stride()[:3],
@@ -429,13 +400,15 @@ def attend_quantized(
         MASK_LOW=key_ranges is not None or (diagonal == 0 if causal else key_length % blocks.n != 0),
         SCALE_TILE=SCALE_TILE, LOW_TMA=low_tma, HIGH_TMA=high_tma, VALUE_TMA=value_tma,
         BLOCK_M=blocks.m, BLOCK_N=blocks.n, STAGES=blocks.stages,
-        HIGH_STAGES=min(blocks.stages, 2), PREFETCH=blocks.prefetch,
-        VIA_MEMORY=via_memory, num_warps=blocks.warps,
+        HIGH_STAGES=blocks.high_stages, HIGH_BLOCK_N=blocks.high_n, VIA_MEMORY=via_memory, num_warps=blocks.warps,
+        maxnreg=blocks.max_registers,
     )  # fmt: skip
     return out
 
 
-def _source(tensor: Tensor, columns: int, blocks: Blocks, use_tma: bool) -> tuple[Tensor | TensorDescriptor, bool]:
+def _source(
+    tensor: Tensor, columns: int, rows: int, use_tma: bool
+) -> tuple[Tensor | TensorDescriptor, bool]:
     """`tensor` [B, H, rows, width] as the kernel reads it: a TMA descriptor where its layout allows one."""
     step = 16 // tensor.element_size()  # the copy engine wants 16-byte steps
     if (
@@ -446,5 +419,5 @@ def _source(tensor: Tensor, columns: int, blocks: Blocks, use_tma: bool) -> tupl
     ):
         return tensor, False
     packed = tensor.dtype == torch.uint8
-    block_shape = [1, 1, blocks.n, columns // 2 if packed else columns]
+    block_shape = [1, 1, rows, columns // 2 if packed else columns]
     return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), block_shape), True

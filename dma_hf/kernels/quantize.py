@@ -1,6 +1,6 @@
 """The fused quantiser: one pass over K writes every operand the attention kernel multiplies.
 
-A small first kernel sums K over its tokens (for smoothing); the second reads each tile of K once,
+Two small kernels find the mean of K over its tokens (for smoothing); the third reads each tile of K once,
 smooths and rotates it in registers, and writes the low and the high operand.
 """
 
@@ -23,8 +23,7 @@ from .operands import multiplicand, quantize_rows, scale_bytes, scale_count, sca
 
 # Tokens a program quantises: the group that Blackwell's scale layout and MXFP4's E4M3 scale share.
 TILE = 128
-# Partial sums of the mean. Each program of the second kernel adds them up again (8 kB from L2), which is
-# cheaper than a third launch; 16 x 8 KV heads is about one program for each multiprocessor.
+# Partial sums of the mean: 16 x 8 KV heads is about one program for each multiprocessor.
 MEAN_CHUNKS = 16
 
 _ELEMENT_DTYPES = {
@@ -106,7 +105,7 @@ def _load_tokens(
 
 
 @triton.jit
-def _mean_kernel(
+def _sum_kernel(
     key,
     partial_sums,
     ranges,
@@ -134,6 +133,21 @@ def _mean_kernel(
     heads = tl.num_programs(1)
     offset = ((batch * heads + head) * CHUNKS + chunk) * COLUMNS
     tl.store(partial_sums + offset + tl.arange(0, COLUMNS), tl.sum(sums, 0))
+
+
+@triton.jit
+def _mean_kernel(
+    partial_sums, mean, ranges, key_length, HEAD_DIM: tl.constexpr, COLUMNS: tl.constexpr, CHUNKS: tl.constexpr
+):  # fmt: skip
+    """The mean of one head from its partial sums: mean [B, Hkv, HEAD_DIM] float32."""
+    head, batch = tl.program_id(0), tl.program_id(1)
+    index = batch * tl.num_programs(0) + head
+    _, count = token_range(ranges, batch, key_length)
+    column = tl.arange(0, COLUMNS)
+    offsets = (index * CHUNKS + tl.arange(0, CHUNKS))[:, None] * COLUMNS + column[None, :]
+    total = tl.sum(tl.load(partial_sums + offsets), 0)
+    result = tl.div_rn(total, tl.maximum(count, 1).to(tl.float32))
+    tl.store(mean + index * HEAD_DIM + column, result, mask=column < HEAD_DIM)
 
 
 @triton.jit
@@ -180,8 +194,7 @@ def _store_operand(
 def _quantize_kernel(
     key,
     ranges,
-    partial_sums,
-    mean_out,
+    mean,
     low_elements,
     low_block_scales,
     low_scale,
@@ -196,7 +209,6 @@ def _quantize_kernel(
     HEAD_DIM: tl.constexpr,
     COLUMNS: tl.constexpr,
     TILE: tl.constexpr,
-    CHUNKS: tl.constexpr,
     LOW_FORMAT: tl.constexpr,
     LOW_KIND: tl.constexpr,
     HIGH_FORMAT: tl.constexpr,
@@ -211,16 +223,12 @@ def _quantize_kernel(
     start, count = token_range(ranges, batch, key_length)
     base = key + batch.to(tl.int64) * stride_b + head.to(tl.int64) * stride_h
     x, valid = _load_tokens(base, tile_index * TILE, start, count, stride_n, HEAD_DIM, TILE, COLUMNS)
-    if partial_sums is not None:
+    if mean is not None:
         column = tl.arange(0, COLUMNS)
-        chunk = tl.arange(0, CHUNKS)
-        offset = (batch * heads + head) * CHUNKS * COLUMNS
-        sums = tl.load(partial_sums + offset + chunk[:, None] * COLUMNS + column[None, :])
-        mean = tl.div_rn(tl.sum(sums, 0), tl.maximum(count, 1).to(tl.float32))
-        if tile_index == 0:
-            tl.store(mean_out + (batch * heads + head) * HEAD_DIM + column, mean, mask=column < HEAD_DIM)
+        mean_base = mean + (batch * heads + head) * HEAD_DIM
+        channel_mean = tl.load(mean_base + column, mask=column < HEAD_DIM, other=0.0)
         # rows and columns that do not exist must stay zeros
-        x = tl.where(valid[:, None], x - mean[None, :], 0.0)
+        x = tl.where(valid[:, None], x - channel_mean[None, :], 0.0)
     if LOG2_ROTATION > 0:
         x = hadamard(x, TILE, COLUMNS, LOG2_ROTATION, ROTATION_NORM)
     row0 = (batch * heads + head).to(tl.int64) * rows + tile_index * TILE
@@ -243,7 +251,7 @@ def quantize_key(
     high_kind: OperandKind,
     key_ranges: Tensor | None = None,
 ) -> QuantizedKey:
-    """Quantise K for the attention kernel, in two launches.
+    """Quantise K for the attention kernel, in three launches at most.
 
     Args:
         key: [B, Hkv, N, D], any strides with a contiguous last dimension.
@@ -260,26 +268,32 @@ def quantize_key(
     if low.kind == "raw" and high.kind == "raw":
         return QuantizedKey(low, high, None)
 
-    mean = partial_sums = None
+    mean = None
     if config.smooth_k:
         mean = key.new_empty(batch, heads, head_dim, dtype=torch.float32)
         partial_sums = key.new_empty(batch, heads, MEAN_CHUNKS, columns, dtype=torch.float32)
-        _mean_kernel[(MEAN_CHUNKS, heads, batch)](
+        _sum_kernel[(MEAN_CHUNKS, heads, batch)](
             key, partial_sums, key_ranges, length, *key.stride()[:3],
             HEAD_DIM=head_dim, COLUMNS=columns, ROWS=max(16, 8192 // columns), CHUNKS=MEAN_CHUNKS, num_warps=8,
         )  # fmt: skip
+        # a launch of its own: summing the chunks anew in every program of the quantiser cost it more
+        _mean_kernel[(heads, batch)](
+            partial_sums, mean, key_ranges, length,
+            HEAD_DIM=head_dim, COLUMNS=columns, CHUNKS=MEAN_CHUNKS, num_warps=4,
+        )  # fmt: skip
     rotation = hadamard_size(head_dim) if config.rotate else 1
     _quantize_kernel[(rows // TILE, heads, batch)](
-        key, key_ranges, partial_sums, mean,
+        key, key_ranges, mean,
         low.elements, low.block_scales, low.scale,
         high.elements, high.block_scales, high.scale,
         length, rows, *key.stride()[:3],
-        HEAD_DIM=head_dim, COLUMNS=columns, TILE=TILE, CHUNKS=MEAN_CHUNKS,
+        HEAD_DIM=head_dim, COLUMNS=columns, TILE=TILE,
         LOW_FORMAT=config.low, LOW_KIND=low.kind,
         HIGH_FORMAT=config.high, HIGH_KIND="raw" if same else high.kind,
         CEIL=config.scale_rule == "ceil",
         LOG2_ROTATION=rotation.bit_length() - 1, ROTATION_NORM=1.0 / math.sqrt(rotation),
-        num_warps=8,
+        # 16 warps: 32 elements a thread leave registers for two programs on a multiprocessor
+        num_warps=16,
     )  # fmt: skip
     return QuantizedKey(low, high, mean)
 
