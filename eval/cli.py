@@ -1,4 +1,4 @@
-"""The command line: ``dma-eval perplexity`` and ``dma-eval recall``."""
+"""The command line: ``dma-eval perplexity``, ``dma-eval recall`` and ``dma-eval tile-map``."""
 
 from __future__ import annotations
 
@@ -16,19 +16,24 @@ if TYPE_CHECKING:
     from .runs import Run
 
 PROGRAM = "dma-eval"
-EXTRA_PACKAGES = ("datasets", "rich")  # of the extra "eval", which the core package does without
+EXTRA_PACKAGES = (
+    "datasets",
+    "matplotlib",
+    "rich",
+)  # of the extra "eval", which the core package does without
 INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
 
 LONGEST_DEFAULT_CONTEXT = 4096
 SHORTEST_CONTEXT = 16  # holds a passage and its copy, if barely
 DEFAULT_MAX_TOKENS = 12_288
-DEFAULT_RECALL_SAMPLES = 8
+DEFAULT_RECALL_SAMPLES = 6
 DEFAULT_RECALL_CONFIGS = ("paper",)
+DEFAULT_MAP_TOKENS = 2048
 
 DESCRIPTION = """\
 What does diagonal-tiled mixed-precision attention (DMA) cost on a model, against SDPA?
 
-Without arguments each command takes the language model that dma_hf carries, and a text that every
+Without arguments the comparisons take the language model that dma_hf carries, and a text that every
 Python carries: nothing is downloaded."""
 
 EPILOG = """\
@@ -36,6 +41,7 @@ examples:
   dma-eval perplexity                       the built-in model, SDPA against five settings of DMA
   dma-eval perplexity --model meta-llama/Llama-3.2-1B --dataset wikitext
   dma-eval recall --config paper --config low=mxfp4
+  dma-eval tile-map --output map.svg        which tiles are computed in which format
   dma-eval COMMAND --help                   what a command measures, and its options
 
 exit status: 0 done, 1 the evaluation failed, 2 the command line asks for what is not there,
@@ -83,6 +89,15 @@ examples:
   dma-eval recall
   dma-eval recall --config paper --config paper,rotate=true --output results/
   dma-eval recall --model Qwen/Qwen3-0.6B --distances 4000,16000,32000 --samples 20"""
+
+TILE_MAP_DESCRIPTION = """\
+Draws which tiles of the score matrix are computed in the high format and which in the low one, for
+causal attention over a prompt."""
+
+TILE_MAP_EPILOG = """\
+examples:
+  dma-eval tile-map --output map.svg
+  dma-eval tile-map --config paper,diagonal=512 --tokens 8192 --output map.png"""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -176,7 +191,7 @@ def _parser() -> argparse.ArgumentParser:
         "--distances",
         type=_distances,
         metavar="TOKENS,...",
-        help="distances to test (default: four, up to what fits the model's context, 3584 at most)",
+        help="distances to test (default: 1000 to 3500 in steps of 500, as far as the context reaches)",
     )
     recall.add_argument(
         "--samples",
@@ -186,6 +201,26 @@ def _parser() -> argparse.ArgumentParser:
         help="passkeys, and as many passages, per distance (default: %(default)s)",
     )
     recall.set_defaults(run=_recall)
+
+    tile_map = commands.add_parser(
+        "tile-map",
+        help="draw which tiles are computed in which format",
+        description=TILE_MAP_DESCRIPTION,
+        epilog=TILE_MAP_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    tile_map.add_argument(
+        "--config", default="paper", metavar="CONFIG", help="a setting of DMA (default: %(default)s)"
+    )
+    tile_map.add_argument(
+        "--tokens",
+        type=_positive,
+        default=DEFAULT_MAP_TOKENS,
+        metavar="TOKENS",
+        help="length of the prompt (default: %(default)s)",
+    )
+    tile_map.add_argument("--output", required=True, metavar="FILE", help="a picture: .svg or .png")
+    tile_map.set_defaults(run=_tile_map)
     return parser
 
 
@@ -337,6 +372,17 @@ def _recall(options: argparse.Namespace) -> None:
     )
     show(title, recall_table(content["runs"]))
     _write(options, "recall.json", content)
+
+
+def _tile_map(options: argparse.Namespace) -> None:
+    from pathlib import Path
+
+    from .runs import parse_config
+    from .tile_map import draw_tile_map
+
+    path = Path(options.output).expanduser()
+    draw_tile_map(parse_config(options.config), options.tokens, path)
+    print(f"written: {path}")
 
 
 def _prepare(

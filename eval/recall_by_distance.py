@@ -16,6 +16,8 @@ from .progress import Advance
 from .recall import passkey_accuracy, second_copy_perplexity
 from .runs import Run
 
+DISTANCES = (1000, 1500, 2000, 2500, 3000, 3500)
+"""In tokens: from far outside DMA's diagonal up to what a context of 4,096 tokens holds."""
 LONGEST_PASSAGE = 512
 PROMPT_RESERVE = 512
 """Tokens kept free beside the longest default distance, for the passage or the passkey's prompt."""
@@ -41,7 +43,7 @@ class RecallResult:
 
 
 def default_distances(context: int) -> list[int]:
-    """Four distances up to what fits into ``context``: 512, 1024, 2048 and 3584 of 4,096 tokens.
+    """Those of ``DISTANCES`` that fit into ``context``; in a shorter one, fractions of what does.
 
     Raises:
         UsageError: if the context is too short to hold a prompt and a distance worth the name.
@@ -52,7 +54,8 @@ def default_distances(context: int) -> list[int]:
             f"the model's context of {context} tokens is too short for recall"
             f" ({2 * PROMPT_RESERVE} are needed)"
         )
-    return [reach * part // 7 for part in (1, 2, 4, 7)]
+    fitting = [distance for distance in DISTANCES if distance <= reach]
+    return fitting or [reach // 4, reach // 2, reach]
 
 
 def passage_length(distances: Sequence[int]) -> int:

@@ -35,16 +35,18 @@ class Run:
 SDPA = Run("SDPA", None)
 
 
-def parse_runs(configs: Sequence[str]) -> list[Run]:
-    """SDPA and one run per string of ``DMAConfig.parse``.
+def parse_config(text: str) -> DMAConfig:
+    """The setting that ``--config`` names, as ``DMAConfig.parse`` reads it.
 
     Raises:
-        UsageError: if a string names no preset, field, format or value that exists.
+        UsageError: if it names no preset, field, format or value that exists.
     """
-    runs = [SDPA]
-    for text in configs:
-        try:
-            runs.append(Run(text, DMAConfig.parse(text)))
-        except (ValueError, TypeError) as error:
-            raise UsageError(f"--config '{text}': {error}") from error
-    return runs
+    try:
+        return DMAConfig.parse(text)
+    except (ValueError, TypeError) as error:
+        raise UsageError(f"--config '{text}': {error}") from error
+
+
+def parse_runs(configs: Sequence[str]) -> list[Run]:
+    """SDPA and one run per string of ``parse_config``, which raises for what it cannot read."""
+    return [SDPA, *(Run(text, parse_config(text)) for text in configs)]

@@ -10,6 +10,21 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+Run = dict[str, Any]
+"""One entry of "runs" in a results file."""
+
+PERPLEXITY_COLUMNS = (
+    "attention",
+    "perplexity",
+    "Δ %",
+    "KL SDPA‖DMA",
+    "top-1 agreement",
+    "recall",
+    "seconds",
+)
+TWO_LINES = {name: name.replace(" ", "\n") for name in ("KL SDPA‖DMA", "top-1 agreement")}
+"""Headings that are wider than their numbers, as a terminal of 80 columns needs them."""
+
 PIPED_WIDTH = 160
 """Columns where stdout is no terminal: rich would otherwise squeeze the table into 80."""
 
@@ -37,32 +52,52 @@ def _fixed(value: float, places: int, sign: str = "") -> str:
     return f"{round(value, places) + 0.0:{sign}.{places}f}"
 
 
-def perplexity_table(runs: Sequence[dict[str, Any]]) -> Table:
-    """One row per run of ``perplexity.json``; the first is the baseline and has no divergence."""
-    table = _table("attention", "perplexity", "Δ %", "KL\nSDPA‖DMA", "top-1\nagreement", "recall", "seconds")
-    for run in runs:
-        baseline = run["config"] is None
-        table.add_row(
-            Text(run["name"]),
+def perplexity_rows(runs: Sequence[Run]) -> list[list[str]]:
+    """The cells under ``PERPLEXITY_COLUMNS``: one row per run of ``perplexity.json``.
+
+    The first run is the baseline and has no divergence.
+    """
+    return [
+        [
+            run["name"],
             _fixed(run["perplexity"], 4),
-            "–" if baseline else _fixed(run["delta_percent"], 3, "+"),
-            "–" if baseline else _fixed(run["kl_mean"], 5),
-            "–" if baseline else _fixed(100 * run["top1_agreement"], 2) + " %",
+            "–" if run["config"] is None else _fixed(run["delta_percent"], 3, "+"),
+            "–" if run["config"] is None else _fixed(run["kl_mean"], 5),
+            "–" if run["config"] is None else _fixed(100 * run["top1_agreement"], 2) + " %",
             _fixed(run["recall_perplexity"], 4),
             _fixed(run["seconds"], 1),
-        )
+        ]
+        for run in runs
+    ]
+
+
+def recall_rows(runs: Sequence[Run]) -> list[list[str]]:
+    """The cells under ``recall_columns``: two rows per run of ``recall.json``, one per measure."""
+    rows = []
+    for run in runs:
+        passkeys = [_fixed(100 * value, 1) + " %" for value in run["passkey_accuracy"].values()]
+        second_copies = [_fixed(value, 4) for value in run["second_copy_perplexity"].values()]
+        rows += [[run["name"], "passkeys", *passkeys], ["", "second copy", *second_copies]]
+    return rows
+
+
+def recall_columns(runs: Sequence[Run]) -> list[str]:
+    """The header of ``recall_rows``: distances in tokens."""
+    return ["attention", "measure", *runs[0]["passkey_accuracy"]]
+
+
+def perplexity_table(runs: Sequence[Run]) -> Table:
+    """``perplexity_rows`` for the terminal."""
+    table = _table(*(TWO_LINES.get(column, column) for column in PERPLEXITY_COLUMNS))
+    for row in perplexity_rows(runs):
+        table.add_row(*map(Text, row))
     return table
 
 
-def recall_table(runs: Sequence[dict[str, Any]]) -> Table:
-    """Two rows per run of ``recall.json``: both measures, by distance in tokens."""
-    distances = list(runs[0]["passkey_accuracy"])
-    table = _table("attention", "measure", *distances)
+def recall_table(runs: Sequence[Run]) -> Table:
+    """``recall_rows`` for the terminal."""
+    table = _table(*recall_columns(runs))
     table.columns[1].justify = "left"
-    for run in runs:
-        accuracy, perplexity = run["passkey_accuracy"], run["second_copy_perplexity"]
-        passkeys = [_fixed(100 * accuracy[distance], 1) + " %" for distance in distances]
-        second_copies = [_fixed(perplexity[distance], 4) for distance in distances]
-        table.add_row(Text(run["name"]), "passkeys", *passkeys)
-        table.add_row("", "second copy", *second_copies, end_section=True)
+    for row in recall_rows(runs):
+        table.add_row(*map(Text, row), end_section=not row[0])
     return table

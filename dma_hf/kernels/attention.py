@@ -222,7 +222,8 @@ def _walk(
     return accumulator, row_max, row_sum
 
 
-@triton.jit
+# lengths vary from call to call: a kernel for each divisibility, or for length 1, would be compiled in vain
+@triton.jit(do_not_specialize=["query_length", "key_length"])
 def _attention_kernel(
     query, low_value, high_value, out, scratch, ranges, mean,
     low_key, low_block_scales, low_scale, high_key, high_block_scales, high_scale,

@@ -1,7 +1,7 @@
 """Element and scale encodings inside a kernel: the Triton twins of `dma_hf.rounding`, bit for bit.
 
 Values are rounded and encoded by float32 arithmetic and bit operations alone, not by a hardware
-conversion, because the conversions differ between architectures (E4M3 does not exist below sm_89, E2M1
+conversion (`interpreter.to_e4m3` is the exception), because the conversions differ between architectures (E4M3 does not exist below sm_89, E2M1
 below sm_100) and Triton's interpreter loses NaN in its own.
 """
 
@@ -15,12 +15,13 @@ import triton.language as tl
 def round_to_minifloat(x, MANTISSA_BITS: tl.constexpr, MIN_EXPONENT: tl.constexpr, LARGEST: tl.constexpr):
     """`x` (float32) rounded to the nearest number of a small float format, ties to even, saturating."""
     x = tl.minimum(tl.maximum(x, -LARGEST), LARGEST)
-    exponent = (x.to(tl.int32, bitcast=True) >> 23) & 0xFF
-    exponent = tl.maximum(exponent, MIN_EXPONENT + 127)
-    # adding and subtracting 1.5 * 2^23 units in the last place leaves x rounded to that place: the sum
-    # has no bits to spare below it, and float32 addition rounds to nearest even
-    magic = (((exponent + (23 - MANTISSA_BITS)) << 23) | 0x400000).to(tl.float32, bitcast=True)
-    return (x + magic) - magic
+    # the power of two at or below |x|, which sets the size of a unit in the last place
+    binade = (x.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+    binade = tl.maximum(binade, 2.0**MIN_EXPONENT)
+    # adding and subtracting 1.5 * 2^23 such units leaves x rounded to them: the sum has no bits to spare
+    # below, and float32 addition rounds to nearest even (fused or not: the products are exact)
+    UNITS: tl.constexpr = 1.5 * 2.0 ** (23 - MANTISSA_BITS)
+    return (x + binade * UNITS) - binade * UNITS
 
 
 @triton.jit

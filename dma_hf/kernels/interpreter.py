@@ -47,6 +47,17 @@ def to_e4m3(x):
 
 
 @triton.jit
+def round_e4m3(x):
+    """`x` (float32) rounded to E4M3, as float32, with the hardware's conversion where there is one."""
+    if INTERPRETED:
+        return round_element(x, "e4m3")
+    elif tl.target_info.cuda_capability_geq(8, 9):
+        return x.to(tl.float8e4nv).to(tl.float32)
+    else:
+        return round_element(x, "e4m3")
+
+
+@triton.jit
 def divide(x, divisor, inverse):
     """x / divisor, correctly rounded, given the correctly rounded inverse = 1 / divisor.
 

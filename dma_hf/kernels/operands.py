@@ -20,7 +20,7 @@ from .encoding import (
     pack_pairs,
     round_element,
 )
-from .interpreter import divide, to_e4m3
+from .interpreter import divide, round_e4m3, to_e4m3
 
 # An E4M3 number holds e2m1 * 2^6 * 2^-d exactly for d from 0 to 14 (dma.md, section 3): 6 is the largest
 # power of two that leaves room for E2M1's largest number, 6 * 2^6 = 384 < 448.
@@ -167,8 +167,11 @@ def multiplicand(
             tile = tile.to(tl.float8e4nv, bitcast=True)
     elif KIND == "16bit":
         # token scales stay out: they are no powers of two, so the product would need rounding
-        elements = round_element(scaled, ELEMENT) * tl.expand_dims(scale, 2)
-        tile = tl.reshape(elements, (ROWS, COLUMNS)).to(tl.bfloat16)
+        if ELEMENT == "e4m3":
+            rounded = round_e4m3(scaled)
+        else:
+            rounded = round_element(scaled, ELEMENT)
+        tile = tl.reshape(rounded * tl.expand_dims(scale, 2), (ROWS, COLUMNS)).to(tl.bfloat16)
     elif KIND == "int8":
         tile = tl.reshape(round_element(scaled, ELEMENT), (ROWS, COLUMNS)).to(tl.int8)
     elif FORMAT == "fp8":

@@ -104,7 +104,7 @@ def _load_tokens(
     return tl.load(base + offsets, mask=inside, other=0.0).to(tl.float32), row < count
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["key_length"])
 def _sum_kernel(
     key,
     partial_sums,
@@ -135,7 +135,7 @@ def _sum_kernel(
     tl.store(partial_sums + offset + tl.arange(0, COLUMNS), tl.sum(sums, 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["key_length"])
 def _mean_kernel(
     partial_sums, mean, ranges, key_length, HEAD_DIM: tl.constexpr, COLUMNS: tl.constexpr, CHUNKS: tl.constexpr
 ):  # fmt: skip
@@ -190,7 +190,7 @@ def _store_operand(
         tl.store(scale_out + row0 // TILE, tl.max(token_scale, 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["key_length"])
 def _quantize_kernel(
     key,
     ranges,

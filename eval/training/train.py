@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from torch import Tensor
-from tqdm import tqdm  # type: ignore[import-untyped]
+from tqdm import tqdm
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,

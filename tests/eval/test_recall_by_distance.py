@@ -46,7 +46,12 @@ def test_a_distance_that_does_not_fit_is_named(tiny_folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("context", "distances"), [(4096, [512, 1024, 2048, 3584]), (1024, [73, 146, 292, 512])]
+    ("context", "distances"),
+    [
+        (4096, [1000, 1500, 2000, 2500, 3000, 3500]),
+        (2048, [1000, 1500]),
+        (1024, [128, 256, 512]),
+    ],
 )
 def test_default_distances_leave_room_for_a_passage(context: int, distances: list[int]) -> None:
     assert default_distances(context) == distances

@@ -1,0 +1,78 @@
+"""Tables of results in Markdown pages, written from the results' JSON files.
+
+A page marks where a table belongs, and everything between the two marks is replaced:
+
+    <!-- results: eval/results/builtin_cpu/perplexity.json -->
+    <!-- end of results -->
+
+``python -m eval.report README.md eval/builtin_model/README.md`` rewrites the tables of these pages, so
+no number in them is typed by hand. Paths in marks start at the current folder.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .tables import PERPLEXITY_COLUMNS, perplexity_rows, recall_columns, recall_rows
+
+MARKED = re.compile(
+    r"(?P<start><!-- results: (?P<path>\S+) -->\n).*?(?P<end><!-- end of results -->)", re.DOTALL
+)
+
+
+def fill(page: str, folder: Path) -> str:
+    """``page`` with every marked table rendered anew from the JSON file it names, below ``folder``."""
+
+    def table(match: re.Match[str]) -> str:
+        content = json.loads((folder / match["path"]).read_text(encoding="utf-8"))
+        return f"{match['start']}{render(content)}{match['end']}"
+
+    return MARKED.sub(table, page)
+
+
+def render(content: dict[str, Any]) -> str:
+    """The content of ``perplexity.json`` or ``recall.json`` as Markdown: its table and its origin."""
+    runs = content["runs"]
+    if "perplexity" in runs[0]:
+        columns, rows = PERPLEXITY_COLUMNS, perplexity_rows(runs)
+        task = content["recall"]
+        what = (
+            f"{content['tokens']:,} tokens, context {content['context']:,}, stride {content['stride']:,};"
+            f" recall: {task['samples']} passages of {task['passage']} tokens, repeated"
+            f" {task['distance']:,} tokens later"
+        )
+    else:
+        columns, rows = recall_columns(runs), recall_rows(runs)
+        what = f"{content['samples']} samples per distance, passages of {content['passage']} tokens"
+    lines = [_line(columns), _line(["---", *["---:"] * (len(columns) - 1)]), *map(_line, rows)]
+    table = "\n".join(lines)
+    return (
+        f"{table}\n\n`{content['environment']['command']}`: {what}; {content['data']}. {_origin(content)}\n"
+    )
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _origin(content: dict[str, Any]) -> str:
+    where = content["environment"]
+    return (
+        f"{where['hardware']}, {where['dtype']}, PyTorch {where['torch']},"
+        f" Transformers {where['transformers']}, {where['date'][:10]}."
+    )
+
+
+def main(paths: Sequence[str]) -> None:
+    """Rewrites the marked tables of the pages at ``paths``."""
+    for path in map(Path, paths):
+        path.write_text(fill(path.read_text(encoding="utf-8"), Path.cwd()), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,65 @@
+"""Tables of results in Markdown pages."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from dma_hf_eval.report import fill, main
+
+ENVIRONMENT = {
+    "hardware": "A CPU, 2 cores",
+    "dtype": "float32",
+    "torch": "2.13.0",
+    "transformers": "5.23.0",
+    "date": "2026-01-02T03:04:05+00:00",
+    "command": "dma-eval recall",
+}
+RUN = {"name": "SDPA", "passkey_accuracy": {"1000": 0.5}, "second_copy_perplexity": {"1000": 1.25}}
+RECALL = {"environment": ENVIRONMENT, "data": "a text", "samples": 2, "passage": 512, "runs": [RUN]}
+
+PAGE = """\
+before
+<!-- results: recall.json -->
+whatever was here
+<!-- end of results -->
+after
+"""
+FILLED = """\
+before
+<!-- results: recall.json -->
+| attention | measure | 1000 |
+| --- | ---: | ---: |
+| SDPA | passkeys | 50.0 % |
+|  | second copy | 1.2500 |
+
+`dma-eval recall`: 2 samples per distance, passages of 512 tokens; a text. \
+A CPU, 2 cores, float32, PyTorch 2.13.0, Transformers 5.23.0, 2026-01-02.
+<!-- end of results -->
+after
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "recall.json").write_text(json.dumps(RECALL))
+    return tmp_path
+
+
+def test_a_marked_table_is_replaced_and_nothing_else(folder: Path) -> None:
+    assert fill(PAGE, folder) == FILLED
+    assert fill(FILLED, folder) == FILLED
+    assert fill("no marks", folder) == "no marks"
+
+
+def test_pages_are_rewritten(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    Path("page.md").write_text(PAGE, encoding="utf-8")
+    main(["page.md"])
+    assert Path("page.md").read_text(encoding="utf-8") == FILLED
+
+
+def test_a_missing_result_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"recall\.json"):
+        fill(PAGE, tmp_path)
