@@ -7,6 +7,7 @@ from functools import lru_cache
 from typing import Literal
 
 import torch
+import triton
 
 from .config import DMAConfig
 from .formats import NONE, get_format
@@ -17,6 +18,9 @@ MAX_DECODE_QUERIES = 16
 
 MIN_HEAD_DIM, MAX_HEAD_DIM = 16, 256
 """Head dimensions the kernels are built and tested for."""
+
+MIN_CAPABILITY = 80
+"""Ampere: the first architecture with bfloat16 tensor cores."""
 
 OperandKind = Literal["raw", "16bit", "e4m3", "int8", "scaled"]
 """What the tensor core multiplies.
@@ -50,47 +54,53 @@ def operand_kind(format: str, capability: int) -> OperandKind:
     return "16bit"
 
 
+class DMAFallbackWarning(UserWarning):
+    """The kernels cannot run a call, so something slower does. Once for each reason.
+
+    `warnings.simplefilter("error", DMAFallbackWarning)` makes it an error.
+    """
+
+
 def choose_backend(config: DMAConfig, device: torch.device, head_dim: int, value_dim: int) -> str:
     """The backend for one call: "reference" or "triton".
 
-    "auto" takes the kernels on a CUDA device and the reference elsewhere.
+    "auto" takes the kernels on a CUDA device and the reference elsewhere; on a CUDA device that the
+    kernels cannot serve it warns with a `DMAFallbackWarning`.
 
     Raises:
-        ValueError: `backend="triton"` on a device or a head dimension without kernels.
+        ValueError: `backend="triton"` where the kernels cannot run.
     """
-    why_not = _why_not_triton(config, device, head_dim, value_dim)
     if config.backend == "reference":
         return "reference"
-    if why_not is None:
-        if device.type == "cuda":
-            _announce_untested(device_capability(device))
-        return "triton"
+    why_not = _why_not_triton(config, device, head_dim, value_dim)
     if config.backend == "triton":
-        raise ValueError(f'backend="triton": {why_not}; accepted is backend="auto" or "reference"')
-    if device.type == "cuda":
-        warnings.warn(f"dma runs on the slow PyTorch reference: {why_not}", stacklevel=2)
-    return "reference"
+        if why_not is not None:
+            raise ValueError(f'backend="triton": {why_not}; accepted is backend="auto" or "reference"')
+        return "triton"
+    if device.type != "cuda":
+        return "reference"
+    if why_not is not None:
+        warnings.warn(f"dma runs on the PyTorch reference: {why_not}", DMAFallbackWarning, stacklevel=2)
+        return "reference"
+    _announce_untested(device_capability(device))
+    return "triton"
 
 
 def _why_not_triton(config: DMAConfig, device: torch.device, head_dim: int, value_dim: int) -> str | None:
+    if device.type != "cuda" and not interpreting():
+        return f"the kernels need a CUDA device, not {device.type} (or TRITON_INTERPRET=1)"
     for name, size in (("head_dim", head_dim), ("head_dim of value", value_dim)):
-        if not MIN_HEAD_DIM <= size <= MAX_HEAD_DIM:
-            return f"{name}={size} is outside {MIN_HEAD_DIM}..{MAX_HEAD_DIM}"
-        if size % 8:
-            return f"{name}={size} is no multiple of 8"
+        if not MIN_HEAD_DIM <= size <= MAX_HEAD_DIM or size % 8:
+            return f"{name}={size} is no multiple of 8 from {MIN_HEAD_DIM} to {MAX_HEAD_DIM}"
     if config.pv != "none":
         return f"pv={config.pv!r} has no kernel yet"
-    if device.type == "cpu" and interpreting():
-        return None
-    if device.type != "cuda":
-        return f"the kernels need a CUDA device, not {device.type}"
+    if device.type == "cuda" and device_capability(device) < MIN_CAPABILITY:
+        return f"the kernels need sm_{MIN_CAPABILITY} or later, not sm_{device_capability(device)}"
     return None
 
 
 def interpreting() -> bool:
     """Whether Triton interprets kernels on the CPU (TRITON_INTERPRET=1), as the tests do."""
-    import triton
-
     return bool(triton.knobs.runtime.interpret)
 
 
@@ -111,6 +121,7 @@ RUN_ON = (90,)
 def _announce_untested(capability: int) -> None:
     if capability not in RUN_ON:
         warnings.warn(
-            f"dma kernels on sm_{capability}: compiled and checked, never run by this project on this hardware",
+            f"dma kernels on sm_{capability}: compiled and checked, never run by this project on this"
+            " hardware",
             stacklevel=3,
         )

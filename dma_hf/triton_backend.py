@@ -26,7 +26,15 @@ def triton_attention(
 
     Arguments and result are those of `reference_attention`; the last dimension of every input is
     contiguous. The result is the same to accumulation order, and the same bits on every run.
+
+    Raises:
+        ValueError: the last dimension of an input is not contiguous.
     """
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
+            raise ValueError(
+                f"{name} has strides {list(tensor.stride())}; accepted is a contiguous last dimension"
+            )
     out: Tensor = _attention_op(
         query, key, value, key_ranges, causal, scale, config.low, config.high, config.diagonal,
         config.sink, config.tile, config.smooth_k, config.rotate, config.scale_rule,

@@ -20,6 +20,8 @@ from ..transforms import hadamard_size
 from ..tuning import Blocks
 from .encoding import hadamard
 from .interpreter import dot, narrow
+from .loading import load_rows, token_range
+from .nonfinite import spoiled_rows
 from .operands import (
     element_of,
     multiplicand,
@@ -30,26 +32,9 @@ from .operands import (
     stored_width,
 )
 from .quantize import TILE as SCALE_TILE
-from .quantize import QuantizedKey, token_range
+from .quantize import QuantizedKey
 
 LOG2_E = math.log2(math.e)
-
-
-@triton.jit
-def _load_rows(
-    source, stride_b, stride_h, stride_n, batch, head, row, limit,
-    WIDTH: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, USE_TMA: tl.constexpr,
-):  # fmt: skip
-    """Rows [row, row + ROWS) of one head of `source`, zeros beyond it: [ROWS, COLUMNS]."""
-    if USE_TMA:
-        # the copy engine computes the addresses and fills the rest with zeros: no registers, no masks
-        return tl.reshape(source.load([batch, head, row, 0]), (ROWS, COLUMNS))
-    else:
-        rows = row + tl.arange(0, ROWS)
-        columns = tl.arange(0, COLUMNS)
-        base = source + batch.to(tl.int64) * stride_b + head.to(tl.int64) * stride_h
-        offsets = rows.to(tl.int64)[:, None] * stride_n + columns[None, :]
-        return tl.load(base + offsets, mask=(rows < limit)[:, None] & (columns < WIDTH)[None, :], other=0.0)
 
 
 @triton.jit
@@ -162,6 +147,7 @@ def _walk(
     SCALE_COUNT: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_COLUMNS: tl.constexpr,
     BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, MASK: tl.constexpr, OFFSET: tl.constexpr,
     SCALE_TILE: tl.constexpr, KEY_TMA: tl.constexpr, VALUE_TMA: tl.constexpr, STAGES: tl.constexpr,
+    REPAIR: tl.constexpr,
 ):  # fmt: skip
     """Online softmax over the keys [start_a, stop_a) and [start_b, stop_b), all of one precision."""
     blocks_a = tl.cdiv(tl.maximum(stop_a - start_a, 0), BLOCK_N)
@@ -170,7 +156,7 @@ def _walk(
     # two ranges in one loop: one copy of the code, and no pipeline drained between them
     for block in tl.range(0, blocks_a + blocks_b, num_stages=STAGES):
         first = tl.where(block < blocks_a, start_a + block * BLOCK_N, start_b + (block - blocks_a) * BLOCK_N)
-        k = _load_rows(
+        k = load_rows(
             key, key_strides[0], key_strides[1], key_strides[2], batch, kv_head, key_row0 + first,
             key_row0 + count, KEY_WIDTH, KEY_COLUMNS, BLOCK_N, KEY_TMA,
         )  # fmt: skip
@@ -197,6 +183,10 @@ def _walk(
                 visible = visible & (columns[None, :] <= positions[:, None])
             scores = tl.where(visible, scores, float("-inf"))
 
+        if REPAIR:
+            # a key with a NaN or Inf is left out; the rows it spoils are known (see nonfinite.py)
+            scores = tl.where(scores != scores, float("-inf"), scores)
+
         # the factor is positive, so it commutes with the maximum and joins the subtraction as one FMA
         block_max = tl.max(scores, 1) * row_factor
         if OFFSET:
@@ -213,7 +203,7 @@ def _walk(
         probabilities = tl.exp2(scores * row_factor[:, None] - shift[:, None])
         row_sum = row_sum * correction + tl.sum(probabilities, 1)
         accumulator = accumulator * correction[:, None]
-        v = _load_rows(
+        v = load_rows(
             value, value_strides[0], value_strides[1], value_strides[2], batch, kv_head, first_token + first,
             first_token + count, VALUE_DIM, VALUE_COLUMNS, BLOCK_N, VALUE_TMA,
         )  # fmt: skip
@@ -225,11 +215,11 @@ def _walk(
 # lengths vary from call to call: a kernel for each divisibility, or for length 1, would be compiled in vain
 @triton.jit(do_not_specialize=["query_length", "key_length"])
 def _attention_kernel(
-    query, low_value, high_value, out, scratch, ranges, mean,
+    query, low_value, high_value, out, scratch, ranges, mean, bad_keys, key,
     low_key, low_block_scales, low_scale, high_key, high_block_scales, high_scale,
     query_length, key_length, scale_log2e, key_rows,
     query_b, query_h, query_n, value_b, value_h, value_n, out_b, out_h, out_n,
-    scratch_b, scratch_h, scratch_n, low_b, low_h, low_n, high_b, high_h, high_n,
+    scratch_b, scratch_h, scratch_n, key_b, key_h, key_n, low_b, low_h, low_n, high_b, high_h, high_n,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, COLUMNS: tl.constexpr, VALUE_DIM: tl.constexpr,
     VALUE_COLUMNS: tl.constexpr, CAUSAL: tl.constexpr, LOW_FORMAT: tl.constexpr, LOW_KIND: tl.constexpr,
     HIGH_FORMAT: tl.constexpr, HIGH_KIND: tl.constexpr, CEIL: tl.constexpr, SMOOTH: tl.constexpr,
@@ -237,7 +227,7 @@ def _attention_kernel(
     DIAGONAL: tl.constexpr, SINK: tl.constexpr, MASK_LOW: tl.constexpr, SCALE_TILE: tl.constexpr,
     LOW_TMA: tl.constexpr, HIGH_TMA: tl.constexpr, VALUE_TMA: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, HIGH_STAGES: tl.constexpr,
-    HIGH_BLOCK_N: tl.constexpr, VIA_MEMORY: tl.constexpr,
+    HIGH_BLOCK_N: tl.constexpr, VIA_MEMORY: tl.constexpr, REPAIR: tl.constexpr,
 ):  # fmt: skip
     # heads vary fastest and query blocks run from the last to the first: the longest rows of all heads
     # start together, and the short ones fill the gaps at the end
@@ -245,6 +235,10 @@ def _attention_kernel(
     block_m = tl.num_programs(2) - 1 - tl.program_id(2)
     kv_head = head // GROUP
     kv_heads = tl.num_programs(0) // GROUP
+    if bad_keys is not None:
+        has_bad_keys = tl.load(bad_keys + batch * kv_heads + kv_head) > 0
+        if has_bad_keys != REPAIR:
+            return
     first_token, count = token_range(ranges, batch, key_length)
 
     # positions count from the sequence's first real token; & -BLOCK_M rounds down, negatives too
@@ -299,9 +293,11 @@ def _attention_kernel(
         high_key, high_block_scales, high_scale, high_value, (high_b, high_h, high_n), value_strides,
         batch, kv_head, first_token if HIGH_KIND == "raw" else 0, scale_row0, first_token, count,
         0, tl.minimum(SINK, limit), diagonal_start, diagonal_stop,
-        HIGH_FORMAT, HIGH_KIND, stored_width(HIGH_FORMAT, HIGH_KIND, HEAD_DIM), stored_width(HIGH_FORMAT, HIGH_KIND, COLUMNS),
+        HIGH_FORMAT, HIGH_KIND, stored_width(HIGH_FORMAT, HIGH_KIND, HEAD_DIM),
+        stored_width(HIGH_FORMAT, HIGH_KIND, COLUMNS),
         scale_count(HIGH_FORMAT, HIGH_KIND, COLUMNS), VALUE_DIM, VALUE_COLUMNS,
-        HIGH_BLOCK_N, CAUSAL, True, SMOOTH and HIGH_KIND == "raw", SCALE_TILE, HIGH_TMA, VALUE_TMA, HIGH_STAGES,
+        HIGH_BLOCK_N, CAUSAL, True, SMOOTH and HIGH_KIND == "raw", SCALE_TILE, HIGH_TMA, VALUE_TMA,
+        HIGH_STAGES, REPAIR,
     )  # fmt: skip
 
     q = tl.load(query_pointers, mask=query_mask, other=0.0).to(tl.float32)
@@ -314,17 +310,27 @@ def _attention_kernel(
         low_key, low_block_scales, low_scale, low_value, (low_b, low_h, low_n), value_strides,
         batch, kv_head, first_token if LOW_KIND == "raw" else 0, scale_row0, first_token, count,
         SINK, tl.minimum(diagonal_start, limit), low_resume, limit,
-        LOW_FORMAT, LOW_KIND, stored_width(LOW_FORMAT, LOW_KIND, HEAD_DIM), stored_width(LOW_FORMAT, LOW_KIND, COLUMNS),
+        LOW_FORMAT, LOW_KIND, stored_width(LOW_FORMAT, LOW_KIND, HEAD_DIM),
+        stored_width(LOW_FORMAT, LOW_KIND, COLUMNS),
         scale_count(LOW_FORMAT, LOW_KIND, COLUMNS), VALUE_DIM, VALUE_COLUMNS,
-        BLOCK_N, CAUSAL, MASK_LOW, SMOOTH and LOW_KIND == "raw", SCALE_TILE, LOW_TMA, VALUE_TMA, STAGES,
+        BLOCK_N, CAUSAL, MASK_LOW, SMOOTH and LOW_KIND == "raw", SCALE_TILE, LOW_TMA, VALUE_TMA,
+        STAGES, REPAIR,
     )  # fmt: skip
 
     # a row that saw no key is zeros, as in SDPA; NaN sums stay NaN
     result = accumulator / tl.where(row_sum == 0.0, 1.0, row_sum)[:, None]
+    if REPAIR:
+        q = tl.load(query_pointers, mask=query_mask, other=0.0)
+        spoiled = spoiled_rows(
+            q, positions, key, key_b, key_h, key_n, batch, kv_head, first_token, count, limit,
+            HEAD_DIM, COLUMNS, CAUSAL,
+        )  # fmt: skip
+        result = tl.where(spoiled[:, None], float("nan"), result)
     value_columns = tl.arange(0, VALUE_COLUMNS)
     out_base = out + batch.to(tl.int64) * out_b + head.to(tl.int64) * out_h
     out_pointers = out_base + rows.to(tl.int64)[:, None] * out_n + value_columns[None, :]
-    tl.store(out_pointers, narrow(result, out.dtype.element_ty), real_row[:, None] & (value_columns < VALUE_DIM)[None, :])
+    out_mask = real_row[:, None] & (value_columns < VALUE_DIM)[None, :]
+    tl.store(out_pointers, narrow(result, out.dtype.element_ty), mask=out_mask)
 
 
 def attend_quantized(
@@ -375,7 +381,6 @@ def attend_quantized(
     )
     low_value, value_tma = _source(value, value_columns, blocks.n, use_tma)
     high_value, _ = _source(value, value_columns, blocks.high_n, use_tma)
-    mixed = quantized.mean is not None
     rotation = hadamard_size(head_dim) if config.rotate else 1
     if key_ranges is None:
         blocks_m = triton.cdiv((key_length - query_length) % blocks.m + query_length, blocks.m)
@@ -383,27 +388,31 @@ def attend_quantized(
         blocks_m = triton.cdiv(query_length - 1, blocks.m) + 1
     first_operand = low.elements if low.elements is not None else high.elements
     key_rows = 0 if first_operand is None else first_operand.shape[2]
-    _attention_kernel[(heads, batch, blocks_m)](
-        query, low_value, high_value, out, scratch, key_ranges, quantized.mean,
-        low_key, low.block_scales, low.scale, high_key, high.block_scales, high.scale,
-        query_length, key_length, scale * LOG2_E, key_rows,
-        *query.stride()[:3], *value.stride()[:3], *out.stride()[:3],
-        *scratch.stride()[:3],
-        *(key if low.elements is None else low.elements).stride()[:3],
-        *(key if high.elements is None else high.elements).stride()[:3],
-        GROUP=heads // kv_heads, HEAD_DIM=head_dim, COLUMNS=columns,
-        VALUE_DIM=value_dim, VALUE_COLUMNS=value_columns, CAUSAL=causal,
-        LOW_FORMAT=low.format, LOW_KIND=low.kind, HIGH_FORMAT=high.format, HIGH_KIND=high.kind,
-        CEIL=config.scale_rule == "ceil", SMOOTH=mixed,
-        LOG2_ROTATION=rotation.bit_length() - 1, ROTATION_NORM=1.0 / math.sqrt(rotation),
-        PRECISION_TILE=config.tile, DIAGONAL=diagonal, SINK=sink,
-        # without padding, a causal low tile lies wholly in the past: only these cases cut one
-        MASK_LOW=key_ranges is not None or (diagonal == 0 if causal else key_length % blocks.n != 0),
-        SCALE_TILE=SCALE_TILE, LOW_TMA=low_tma, HIGH_TMA=high_tma, VALUE_TMA=value_tma,
-        BLOCK_M=blocks.m, BLOCK_N=blocks.n, STAGES=blocks.stages,
-        HIGH_STAGES=blocks.high_stages, HIGH_BLOCK_N=blocks.high_n, VIA_MEMORY=via_memory, num_warps=blocks.warps,
-        maxnreg=blocks.max_registers,
-    )  # fmt: skip
+    # The second launch repairs heads whose K holds a NaN or Inf; where there is none, every program of it
+    # returns at once.
+    for repair in (False,) if quantized.bad_keys is None else (False, True):
+        _attention_kernel[(heads, batch, blocks_m)](
+            query, low_value, high_value, out, scratch, key_ranges, quantized.mean, quantized.bad_keys, key,
+            low_key, low.block_scales, low.scale, high_key, high.block_scales, high.scale,
+            query_length, key_length, scale * LOG2_E, key_rows,
+            *query.stride()[:3], *value.stride()[:3], *out.stride()[:3], *scratch.stride()[:3],
+            *key.stride()[:3],
+            *(key if low.elements is None else low.elements).stride()[:3],
+            *(key if high.elements is None else high.elements).stride()[:3],
+            GROUP=heads // kv_heads, HEAD_DIM=head_dim, COLUMNS=columns,
+            VALUE_DIM=value_dim, VALUE_COLUMNS=value_columns, CAUSAL=causal,
+            LOW_FORMAT=low.format, LOW_KIND=low.kind, HIGH_FORMAT=high.format, HIGH_KIND=high.kind,
+            CEIL=config.scale_rule == "ceil", SMOOTH=quantized.mean is not None,
+            LOG2_ROTATION=rotation.bit_length() - 1, ROTATION_NORM=1.0 / math.sqrt(rotation),
+            PRECISION_TILE=config.tile, DIAGONAL=diagonal, SINK=sink,
+            # without padding, a causal low tile lies wholly in the past: only these cases cut one
+            MASK_LOW=key_ranges is not None or (diagonal == 0 if causal else key_length % blocks.n != 0),
+            SCALE_TILE=SCALE_TILE, LOW_TMA=low_tma, HIGH_TMA=high_tma, VALUE_TMA=value_tma,
+            BLOCK_M=blocks.m, BLOCK_N=blocks.n, STAGES=blocks.stages,
+            HIGH_STAGES=blocks.high_stages, HIGH_BLOCK_N=blocks.high_n,
+            VIA_MEMORY=via_memory, REPAIR=repair,
+            num_warps=blocks.warps, maxnreg=blocks.max_registers,
+        )  # fmt: skip
     return out
 
 

@@ -1,8 +1,8 @@
 """Element and scale encodings inside a kernel: the Triton twins of `dma_hf.rounding`, bit for bit.
 
-Values are rounded and encoded by float32 arithmetic and bit operations alone, not by a hardware
-conversion (`interpreter.to_e4m3` is the exception), because the conversions differ between architectures (E4M3 does not exist below sm_89, E2M1
-below sm_100) and Triton's interpreter loses NaN in its own.
+Values are rounded and encoded by float32 arithmetic and bit operations, not by a hardware conversion
+(`interpreter.to_e4m3` is the exception), because the conversions differ between architectures (E4M3 does
+not exist below sm_89, E2M1 below sm_100) and Triton's interpreter loses NaN in its own.
 """
 
 from __future__ import annotations

@@ -16,19 +16,29 @@ INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 
 @triton.jit
+def widen(x):
+    """An operand of a matrix product: as it is on a GPU, float32 in the interpreter."""
+    if INTERPRETED:
+        wide = x.to(tl.float32)
+        if x.dtype == tl.float8e4nv:
+            nan = (x.to(tl.uint8, bitcast=True) & 0x7F) == 0x7F
+            wide = tl.where(nan, float("nan"), wide)
+        return wide
+    else:
+        return x
+
+
+@triton.jit
 def dot(a, b, accumulator=None):
     """a @ b in float32; `accumulator` is added. float32 operands keep float32's accuracy."""
-    if INTERPRETED:
-        a = a.to(tl.float32)
-        b = b.to(tl.float32)
     # tf32x3: three TF32 products give float32's accuracy; 16- and 8-bit operands ignore it
-    return tl.dot(a, b, accumulator, input_precision="tf32x3")
+    return tl.dot(widen(a), widen(b), accumulator, input_precision="tf32x3")
 
 
 @triton.jit
 def narrow(x, dtype: tl.constexpr):
     """`x` (float32) rounded to nearest even in `dtype`, a 16-bit float type or float32."""
-    if INTERPRETED:
+    if INTERPRETED:  # noqa: SIM102 - "and" does not short-cut at compile time
         if dtype == tl.bfloat16:
             bits = x.to(tl.uint32, bitcast=True)
             rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000

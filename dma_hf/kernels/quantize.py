@@ -19,6 +19,7 @@ from ..formats import FORMATS, NONE
 from ..policy import OperandKind
 from ..transforms import hadamard_size
 from .encoding import hadamard, is_finite
+from .loading import token_range
 from .operands import multiplicand, quantize_rows, scale_bytes, scale_count, scale_granularity, stored_width
 
 # Tokens a program quantises: the group that Blackwell's scale layout and MXFP4's E4M3 scale share.
@@ -67,12 +68,14 @@ class KeyOperand:
 class QuantizedKey:
     """K's low and high operand (one object where the formats are the same), and its mean.
 
-    `mean` is float32 [B, Hkv, D]; None without smoothing.
+    `mean` is float32 [B, Hkv, D]; None without smoothing. `bad_keys` is int32 [B, Hkv], 1 for heads whose
+    K holds a NaN or Inf; None where nothing is quantised.
     """
 
     low: KeyOperand
     high: KeyOperand
     mean: Tensor | None
+    bad_keys: Tensor | None
 
     @property
     def nbytes(self) -> int:
@@ -80,16 +83,6 @@ class QuantizedKey:
         operands = {id(o): o.nbytes for o in (self.low, self.high)}
         mean = 0 if self.mean is None else self.mean.numel() * self.mean.element_size()
         return sum(operands.values()) + mean
-
-
-@triton.jit
-def token_range(ranges, batch, key_length):
-    """First token and number of tokens of row `batch`."""
-    if ranges is not None:
-        start = tl.load(ranges + batch * 2)
-        return start, tl.load(ranges + batch * 2 + 1) - start
-    else:
-        return 0, key_length
 
 
 @triton.jit
@@ -137,7 +130,8 @@ def _sum_kernel(
 
 @triton.jit(do_not_specialize=["key_length"])
 def _mean_kernel(
-    partial_sums, mean, ranges, key_length, HEAD_DIM: tl.constexpr, COLUMNS: tl.constexpr, CHUNKS: tl.constexpr
+    partial_sums, mean, bad_keys, ranges, key_length,
+    HEAD_DIM: tl.constexpr, COLUMNS: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
     """The mean of one head from its partial sums: mean [B, Hkv, HEAD_DIM] float32."""
     head, batch = tl.program_id(0), tl.program_id(1)
@@ -148,6 +142,7 @@ def _mean_kernel(
     total = tl.sum(tl.load(partial_sums + offsets), 0)
     result = tl.div_rn(total, tl.maximum(count, 1).to(tl.float32))
     tl.store(mean + index * HEAD_DIM + column, result, mask=column < HEAD_DIM)
+    tl.store(bad_keys + index, 0)  # the quantiser raises it
 
 
 @triton.jit
@@ -158,6 +153,7 @@ def _store_operand(
     elements_out,
     block_scales_out,
     scale_out,
+    bad_key,
     HEAD_DIM: tl.constexpr,
     TILE: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -167,6 +163,8 @@ def _store_operand(
 ):
     """Quantise a tile and write one operand. row0: the tile's first row among all rows of all heads."""
     scaled, code, scale, token_scale = quantize_rows(x, TILE, COLUMNS, FORMAT, CEIL)
+    if tl.max(tl.max((code == 255).to(tl.int32), 1) | (token_scale != token_scale).to(tl.int32), 0) > 0:
+        tl.atomic_max(bad_key, 1)
     tile, token_scale = multiplicand(
         scaled, code, scale, token_scale, valid, TILE, COLUMNS, FORMAT, KIND, True
     )
@@ -195,6 +193,7 @@ def _quantize_kernel(
     key,
     ranges,
     mean,
+    bad_keys,
     low_elements,
     low_block_scales,
     low_scale,
@@ -232,14 +231,15 @@ def _quantize_kernel(
     if LOG2_ROTATION > 0:
         x = hadamard(x, TILE, COLUMNS, LOG2_ROTATION, ROTATION_NORM)
     row0 = (batch * heads + head).to(tl.int64) * rows + tile_index * TILE
+    bad_key = bad_keys + batch * heads + head
     if LOW_KIND != "raw":
         _store_operand(
-            x, valid, row0, low_elements, low_block_scales, low_scale,
+            x, valid, row0, low_elements, low_block_scales, low_scale, bad_key,
             HEAD_DIM, TILE, COLUMNS, LOW_FORMAT, LOW_KIND, CEIL,
         )  # fmt: skip
     if HIGH_KIND != "raw":
         _store_operand(
-            x, valid, row0, high_elements, high_block_scales, high_scale,
+            x, valid, row0, high_elements, high_block_scales, high_scale, bad_key,
             HEAD_DIM, TILE, COLUMNS, HIGH_FORMAT, HIGH_KIND, CEIL,
         )  # fmt: skip
 
@@ -266,24 +266,27 @@ def quantize_key(
     same = config.high == config.low
     high = low if same else _empty_operand(config.high, high_kind, key, rows)
     if low.kind == "raw" and high.kind == "raw":
-        return QuantizedKey(low, high, None)
+        return QuantizedKey(low, high, None, None)
 
     mean = None
+    new_flags = torch.empty if config.smooth_k else torch.zeros
+    bad_keys = new_flags(batch, heads, dtype=torch.int32, device=key.device)
     if config.smooth_k:
         mean = key.new_empty(batch, heads, head_dim, dtype=torch.float32)
         partial_sums = key.new_empty(batch, heads, MEAN_CHUNKS, columns, dtype=torch.float32)
         _sum_kernel[(MEAN_CHUNKS, heads, batch)](
             key, partial_sums, key_ranges, length, *key.stride()[:3],
-            HEAD_DIM=head_dim, COLUMNS=columns, ROWS=max(16, 8192 // columns), CHUNKS=MEAN_CHUNKS, num_warps=8,
+            HEAD_DIM=head_dim, COLUMNS=columns, ROWS=max(16, 8192 // columns), CHUNKS=MEAN_CHUNKS,
+            num_warps=8,
         )  # fmt: skip
         # a launch of its own: summing the chunks anew in every program of the quantiser cost it more
         _mean_kernel[(heads, batch)](
-            partial_sums, mean, key_ranges, length,
+            partial_sums, mean, bad_keys, key_ranges, length,
             HEAD_DIM=head_dim, COLUMNS=columns, CHUNKS=MEAN_CHUNKS, num_warps=4,
         )  # fmt: skip
     rotation = hadamard_size(head_dim) if config.rotate else 1
     _quantize_kernel[(rows // TILE, heads, batch)](
-        key, key_ranges, mean,
+        key, key_ranges, mean, bad_keys,
         low.elements, low.block_scales, low.scale,
         high.elements, high.block_scales, high.scale,
         length, rows, *key.stride()[:3],
@@ -295,7 +298,7 @@ def quantize_key(
         # 16 warps: 32 elements a thread leave registers for two programs on a multiprocessor
         num_warps=16,
     )  # fmt: skip
-    return QuantizedKey(low, high, mean)
+    return QuantizedKey(low, high, mean, bad_keys)
 
 
 def _empty_operand(format: str, kind: OperandKind, key: Tensor, rows: int) -> KeyOperand:
