@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import causal_mask_function, sdpa_mask
+from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
 
 from .attention import attend
 from .config import DMAConfig
@@ -185,20 +185,33 @@ def dma_mask(
         )
         return mask
     if mask_function is not causal_mask_function:
-        raise _unsupported(
-            "the model asks for a mask that is not plain causal"
-            f" ({getattr(mask_function, '__qualname__', mask_function)}: bidirectional, sliding window,"
-            " chunked or packed)"
-        )
+        raise _unsupported(f"the model asks for {_name_of_mask(mask_function, kwargs)}")
     if q_offset + q_length != kv_offset + kv_length:
         raise _unsupported(
             f"the cache holds {kv_length} slots for {q_offset + q_length} tokens (a static cache)"
         )
     if kv_offset:
         raise _unsupported(f"the cache dropped its first {kv_offset} tokens (a sliding cache)")
-    if attention_mask is None or bool(attention_mask.all()):
+    if attention_mask is None:
         return None
-    return padding_ranges(attention_mask[:, -kv_length:])
+    # a graph cannot look at values: compiled, every mask becomes ranges, and holes in it go unnoticed
+    look = not torch.compiler.is_compiling()
+    if look and bool(attention_mask.all()):
+        return None
+    return padding_ranges(attention_mask[:, -kv_length:], check=look)
+
+
+def _name_of_mask(mask_function: Any, arguments: dict[str, Any]) -> str:
+    if mask_function is bidirectional_mask_function:
+        return "a bidirectional mask"
+    if arguments.get("local_size") is not None:
+        return f"a sliding-window or chunked mask (of {arguments['local_size']} tokens)"
+    if arguments.get("use_vmap"):
+        return "a causal mask with an overlay (or_mask_function or and_mask_function)"
+    return (
+        "a mask for packed sequences (position_ids that restart; without a cache, torch.compile has to"
+        " assume them: pass attention_mask or use_cache=True)"
+    )
 
 
 def _is_key_ranges(mask: Tensor | None) -> bool:

@@ -99,11 +99,13 @@ def _why_not_triton(config: DMAConfig, device: torch.device, head_dim: int, valu
     return None
 
 
+@torch.compiler.assume_constant_result
 def interpreting() -> bool:
     """Whether Triton interprets kernels on the CPU (TRITON_INTERPRET=1), as the tests do."""
     return bool(triton.knobs.runtime.interpret)
 
 
+@torch.compiler.assume_constant_result
 @lru_cache(maxsize=16)
 def device_capability(device: torch.device) -> int:
     """Compute capability as one number: 90 for sm_90. The interpreter acts as sm_90."""
@@ -117,6 +119,7 @@ RUN_ON = (90,)
 """Architectures on which this project has run its kernels, not only compiled them."""
 
 
+@torch.compiler.assume_constant_result
 @lru_cache(maxsize=16)
 def _announce_untested(capability: int) -> None:
     if capability not in RUN_ON:
