@@ -1,4 +1,4 @@
-"""The command line: ``dma-eval perplexity``, ``dma-eval recall`` and ``dma-eval tile-map``."""
+"""The command line: ``dma-eval perplexity``, ``recall``, ``kernels`` and ``tile-map``."""
 
 from __future__ import annotations
 
@@ -29,18 +29,25 @@ DEFAULT_MAX_TOKENS = 12_288
 DEFAULT_RECALL_SAMPLES = 6
 DEFAULT_RECALL_CONFIGS = ("paper",)
 DEFAULT_MAP_TOKENS = 2048
+KERNEL_SUITES = ("attention", "fusion", "tiles", "quantize")
+
+CONFIG_HELP = (
+    "a setting of DMA: a preset ('paper'), fields ('low=mxfp4,diagonal=256'), or both"
+    " ('paper,rotate=true'); give it once per setting"
+)
 
 DESCRIPTION = """\
-What does diagonal-tiled mixed-precision attention (DMA) cost on a model, against SDPA?
+What does diagonal-tiled mixed-precision attention (DMA) cost and save, against SDPA?
 
-Without arguments the comparisons take the language model that dma_hf carries, and a text that every
-Python carries: nothing is downloaded."""
+Without arguments the comparisons of quality take the language model that dma_hf carries, and a text
+that every Python carries: nothing is downloaded."""
 
 EPILOG = """\
 examples:
   dma-eval perplexity                       the built-in model, SDPA against five settings of DMA
   dma-eval perplexity --model meta-llama/Llama-3.2-1B --dataset wikitext
   dma-eval recall --config paper --config low=mxfp4
+  dma-eval kernels --output results/        speed, error and memory of attention on this GPU
   dma-eval tile-map --output map.svg        which tiles are computed in which format
   dma-eval COMMAND --help                   what a command measures, and its options
 
@@ -89,6 +96,37 @@ examples:
   dma-eval recall
   dma-eval recall --config paper --config paper,rotate=true --output results/
   dma-eval recall --model Qwen/Qwen3-0.6B --distances 4000,16000,32000 --samples 20"""
+
+KERNELS_DESCRIPTION = """\
+Times attention on the current GPU: DMA in several settings, with its quantisation, against SDPA's
+default and its flash and cuDNN backends, FlexAttention, and SageAttention where it is installed.
+Random bfloat16 inputs; medians; the ratios are to SDPA's default in the same run. The columns:
+
+  ms           of attention from Q, K, V to the output; "quantize" (K) and "attend" (the rest) are
+               DMA's parts, each timed by itself
+  TFLOP/s      of full attention's operations (causal: of half of them), whatever is computed
+  × SDPA       SDPA's time over this time: above 1 is faster than SDPA
+  rel. error   ‖out − float32‖ / ‖float32‖ over the last 128 queries
+  extra MiB    peak memory of a call beyond its inputs and output
+
+What is not installed or fails is listed with the reason, and the rest goes on. The suites:
+
+  attention    lengths of 1k to 64k at head dimensions 128 and 64, then single shapes: without a
+               mask, without grouped queries, other batches
+  fusion       quantising K: the fused pass, separate passes, eager PyTorch. GB/s counts the bytes
+               that the fused pass must move, for all three; × copy is against a copy of K
+  tiles        error and time at 16k by number of diagonal and sink tiles, on inputs with locality, a
+               sink and offset channels
+  quantize     bandwidth of the quantiser by setting
+  all          one after the other"""
+
+KERNELS_EPILOG = """\
+examples:
+  dma-eval kernels --quick                  two shapes, under 2 minutes
+  dma-eval kernels --output results/        writes kernels.json and a plot for each head dimension
+  dma-eval kernels --config paper --config low=mxfp4,diagonal=256 --lengths 8192,131072
+  dma-eval kernels --suite tiles --config low=mxfp4,high=mxfp8
+  dma-eval kernels --suite all --quick --output results/"""
 
 TILE_MAP_DESCRIPTION = """\
 Draws which tiles of the score matrix are computed in the high format and which in the low one, for
@@ -189,7 +227,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     recall.add_argument(
         "--distances",
-        type=_distances,
+        type=_whole_numbers,
         metavar="TOKENS,...",
         help="distances to test (default: 1000 to 3500 in steps of 500, as far as the context reaches)",
     )
@@ -201,6 +239,37 @@ def _parser() -> argparse.ArgumentParser:
         help="passkeys, and as many passages, per distance (default: %(default)s)",
     )
     recall.set_defaults(run=_recall)
+
+    kernels = commands.add_parser(
+        "kernels",
+        help="speed, error and memory of attention on the current GPU",
+        description=KERNELS_DESCRIPTION,
+        epilog=KERNELS_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    kernels.add_argument(
+        "--suite",
+        choices=(*KERNEL_SUITES, "all"),
+        default=KERNEL_SUITES[0],
+        help="what to measure (default: %(default)s)",
+    )
+    kernels.add_argument(
+        "--config",
+        action="append",
+        metavar="CONFIG",
+        help=f"{CONFIG_HELP} (default: 'paper' and others that suit the suite)",
+    )
+    kernels.add_argument(
+        "--lengths",
+        type=_whole_numbers,
+        metavar="TOKENS,...",
+        help="lengths of the suite 'attention' (default: 1024 to 65536, doubling, and single shapes)",
+    )
+    kernels.add_argument("--quick", action="store_true", help="the least that tells something")
+    kernels.add_argument(
+        "--output", metavar="DIR", help="a folder for the results as JSON, and for plots (made if missing)"
+    )
+    kernels.set_defaults(run=_kernels)
 
     tile_map = commands.add_parser(
         "tile-map",
@@ -235,8 +304,7 @@ def _common_options() -> _Parser:
         "--config",
         action="append",
         metavar="CONFIG",
-        help="a setting of DMA: a preset ('paper'), fields ('low=mxfp4,diagonal=256'), or both"
-        " ('paper,rotate=true'); give it once per setting. SDPA always runs too",
+        help=f"{CONFIG_HELP}. SDPA always runs too",
     )
     text = options.add_mutually_exclusive_group()
     text.add_argument(
@@ -275,7 +343,7 @@ def _positive(text: str) -> int:
     return value
 
 
-def _distances(text: str) -> list[int]:
+def _whole_numbers(text: str) -> list[int]:
     return sorted({_positive(part) for part in text.split(",")})
 
 
@@ -372,6 +440,38 @@ def _recall(options: argparse.Namespace) -> None:
     )
     show(title, recall_table(content["runs"]))
     _write(options, "recall.json", content)
+
+
+def _kernels(options: argparse.Namespace) -> None:
+    from . import kernel_timing
+    from .environment import describe_environment
+    from .kernel_inputs import DTYPE
+    from .kernel_plots import draw_throughput
+    from .kernels import plan_suite, show_runs
+    from .progress import progress_bar
+    from .results import SCHEMA, prepare_folder
+
+    if options.lengths and options.suite not in ("attention", "all"):
+        raise UsageError(f"--lengths: the suite '{options.suite}' has no series over lengths")
+    suites = KERNEL_SUITES if options.suite == "all" else [options.suite]
+    plans = [
+        plan_suite(suite, options.config, quick=options.quick, lengths=options.lengths) for suite in suites
+    ]
+    folder = None if options.output is None else prepare_folder(options.output)
+    meter = kernel_timing.CudaMeter()
+    environment = describe_environment(options.command_line, device=meter.device, dtype=DTYPE)
+    for plan in plans:
+        with progress_bar(f"kernels: {plan.suite}", plan.steps) as advance:
+            runs = plan.run(meter, advance)
+        show_runs(plan.suite, runs)
+        content = {"schema": SCHEMA, "environment": environment, "suite": plan.suite, "runs": runs}
+        _write(options, plan.file_name, content)
+        if folder is not None and plan.suite == "attention":
+            for path in draw_throughput(runs, environment["hardware"], folder):
+                print(f"written: {path}")
+        reasons = [run["error"] for run in runs if "error" in run]
+        if len(reasons) == len(runs):
+            raise EvalError(f"kernels: nothing could be measured: {reasons[0]}")
 
 
 def _tile_map(options: argparse.Namespace) -> None:

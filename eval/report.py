@@ -38,6 +38,7 @@ def fill(page: str, folder: Path) -> str:
 def render(content: dict[str, Any]) -> str:
     """The content of ``perplexity.json`` or ``recall.json`` as Markdown: its table and its origin."""
     runs = content["runs"]
+    columns: Sequence[str]
     if "perplexity" in runs[0]:
         columns, rows = PERPLEXITY_COLUMNS, perplexity_rows(runs)
         task = content["recall"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from rich import box
@@ -100,4 +100,47 @@ def recall_table(runs: Sequence[Run]) -> Table:
     table.columns[1].justify = "left"
     for row in recall_rows(runs):
         table.add_row(*map(Text, row), end_section=not row[0])
+    return table
+
+
+def _significant(value: float) -> str:
+    """Three digits: what is left of a time once its spread is taken off."""
+    return f"{value:.3g}" if value < 100 else f"{value:.0f}"
+
+
+KERNEL_COLUMNS: dict[str, tuple[str, Callable[[float], str]]] = {
+    "ms": ("ms", lambda value: f"{value:.3f}" if value < 10 else f"{value:.2f}"),
+    "tflops": ("TFLOP/s", lambda value: _fixed(value, 0)),
+    "ratio_to_sdpa_default": ("× SDPA", lambda value: _fixed(value, 2)),
+    "gb_per_s": ("GB/s", lambda value: _fixed(value, 0)),
+    "ratio_to_copy": ("× copy", lambda value: _fixed(value, 2)),
+    "ratio_to_fused": ("time / fused", lambda value: _significant(value)),
+    "rel_error": ("rel. error", lambda value: f"{value:.1e}"),
+    "extra_bytes": ("extra MiB", lambda value: _fixed(value / 2**20, 1)),
+}
+"""The measurements of a kernel benchmark by field: heading, and how a value is written."""
+
+
+def kernel_rows(runs: Sequence[Run], fields: Sequence[str]) -> list[list[str]]:
+    """The provider, then the cells of ``fields`` of `KERNEL_COLUMNS`: one row per run of a kernels file.
+
+    A part of a provider's work is indented under it; a provider that failed says why.
+    """
+    rows = []
+    for run in runs:
+        name = run["provider"] if run["op"] not in ("quantize", "attend") else f"  {run['op']}"
+        if run["op"] == "quantize" and "gb_per_s" in fields:  # there it is all of the work
+            name = run["provider"]
+        if "error" in run:
+            name = f"{name}: {run['error']}"
+        values = [(KERNEL_COLUMNS[field][1], run.get(field)) for field in fields]
+        rows.append([name, *("–" if value is None else write(value) for write, value in values)])
+    return rows
+
+
+def kernel_table(runs: Sequence[Run], fields: Sequence[str]) -> Table:
+    """``kernel_rows`` for the terminal."""
+    table = _table("", *(KERNEL_COLUMNS[field][0] for field in fields))
+    for row in kernel_rows(runs, fields):
+        table.add_row(*map(Text, row))
     return table

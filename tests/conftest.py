@@ -7,11 +7,16 @@ import os
 # no test may look for anything on a hub
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import hypothesis
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    # before anything imports Triton: the kernel tests run its kernels on the CPU
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
@@ -78,3 +83,11 @@ def tokens() -> Callable[..., Tensor]:
         return torch.randint(2, TINY["vocab_size"], (batch, length), generator=generator)
 
     return make
+
+
+@pytest.fixture
+def uninitialized_memory_is_nan() -> Iterator[None]:
+    """Memory that nothing was written to holds NaN (integers: their largest value)."""
+    torch.use_deterministic_algorithms(True)  # torch.utils.deterministic.fill_uninitialized_memory is on
+    yield
+    torch.use_deterministic_algorithms(False)
