@@ -87,7 +87,7 @@ def choose_backend(config: DMAConfig, device: torch.device, head_dim: int, value
 
 
 def _why_not_triton(config: DMAConfig, device: torch.device, head_dim: int, value_dim: int) -> str | None:
-    if device.type != "cuda" and not interpreting():
+    if device.type != "cuda" and not (device.type == "cpu" and interpreting()):
         return f"the kernels need a CUDA device, not {device.type} (or TRITON_INTERPRET=1)"
     for name, size in (("head_dim", head_dim), ("head_dim of value", value_dim)):
         if not MIN_HEAD_DIM <= size <= MAX_HEAD_DIM or size % 8:

@@ -8,8 +8,7 @@ from torch import Tensor
 from .config import DMAConfig
 from .kernels.attention import attend_quantized
 from .kernels.quantize import quantize_key
-from .policy import device_capability, interpreting, operand_kind
-from .tuning import choose_blocks
+from .plan import plan_call
 
 
 def triton_attention(
@@ -63,16 +62,11 @@ def _attention_op(
     config = DMAConfig(low, high, diagonal, sink, tile, smooth_k, rotate, scale_rule)  # type: ignore[arg-type]
     if query.numel() == 0 or key.shape[2] == 0:
         return _empty_out(query, value).zero_()
-    capability = device_capability(query.device)
-    low_kind, high_kind = operand_kind(low, capability), operand_kind(high, capability)
-    blocks = choose_blocks(
-        capability, query.shape[-1], value.shape[-1], value.element_size(), low_kind, tile
-    )
-    quantized = quantize_key(key, config, low_kind, high_kind, key_ranges)
+    plan = plan_call(query, value, config)
+    quantized = quantize_key(key, config, plan.low_kind, plan.high_kind, key_ranges)
     return attend_quantized(
         query, key, value, quantized,
-        causal=causal, scale=scale, config=config, blocks=blocks,
-        use_tma=capability >= 90 and not interpreting(), via_memory=capability == 90, key_ranges=key_ranges,
+        causal=causal, scale=scale, config=config, plan=plan, key_ranges=key_ranges,
     )  # fmt: skip
 
 

@@ -13,8 +13,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from dma_hf import DMAConfig, diagonal_tiled_attention
-from dma_hf.policy import choose_backend, device_capability, interpreting, operand_kind
-from dma_hf.tuning import choose_blocks
+from dma_hf.plan import plan_call
+from dma_hf.policy import choose_backend
 
 from .errors import EvalError
 from .kernel_inputs import Inputs
@@ -163,9 +163,8 @@ def key_quantizer(key: Tensor, config: DMAConfig) -> Call:
     """The fused quantiser on ``key`` [B, Hkv, N, D], as the Triton backend calls it on key's device."""
     from dma_hf.kernels.quantize import quantize_key
 
-    capability = device_capability(key.device)
-    kinds = operand_kind(config.low, capability), operand_kind(config.high, capability)
-    return lambda: quantize_key(key, config, *kinds)
+    plan = plan_call(key, key, config)
+    return lambda: quantize_key(key, config, plan.low_kind, plan.high_kind)
 
 
 def _parts(inputs: Inputs, config: DMAConfig) -> Operations:
@@ -176,11 +175,6 @@ def _parts(inputs: Inputs, config: DMAConfig) -> Operations:
     quantize = key_quantizer(key, config)
     yield "quantize", quantize
 
-    capability = device_capability(query.device)
-    low_kind = operand_kind(config.low, capability)
-    blocks = choose_blocks(
-        capability, query.shape[-1], value.shape[-1], value.element_size(), low_kind, config.tile
-    )
     quantized = quantize()
     yield (
         "attend",
@@ -192,8 +186,6 @@ def _parts(inputs: Inputs, config: DMAConfig) -> Operations:
             causal=inputs.shape.causal,
             scale=inputs.scale,
             config=config,
-            blocks=blocks,
-            use_tma=capability >= 90 and not interpreting(),
-            via_memory=capability == 90,
+            plan=plan_call(query, value, config),
         ),
     )

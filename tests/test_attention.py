@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 
@@ -63,12 +61,6 @@ def test_bad_input_is_named(arguments, error, message):
     with pytest.raises(error, match=message) as caught:
         diagonal_tiled_attention(**arguments)
     assert "\n" not in str(caught.value)
-
-
-@pytest.mark.skipif(bool(os.environ.get("TRITON_INTERPRET")), reason="the interpreter runs kernels on a CPU")
-def test_the_kernels_are_refused_on_a_cpu():
-    with pytest.raises(ValueError, match=r'backend="triton".*reference'):
-        diagonal_tiled_attention(Q, KV, KV, config=DMAConfig(backend="triton"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -282,7 +282,7 @@ def refused(model, match: str, ids: Tensor, **inputs: object) -> None:
 def test_a_sliding_window_is_refused(tiny_model, tokens, window):
     """Longer than the prompt too: the mask function does not say that it would be plain causal."""
     model = tiny_model(MistralConfig, MistralForCausalLM, "dma", sliding_window=window)
-    refused(model, "sliding window", tokens(1, 40))
+    refused(model, r"sliding-window or chunked mask \(of \d+ tokens\)", tokens(1, 40))
 
 
 def test_a_decode_step_with_a_sliding_window_is_sdpas(tiny_model, tokens, calls):
@@ -314,7 +314,7 @@ def refused_on_a_cache(model, match: str, ids: Tensor) -> None:
 
 def test_logit_softcapping_is_refused(tiny_model, tokens):
     model = tiny_model(Gemma2Config, Gemma2ForCausalLM, "dma")
-    refused(model, r"soft-capping|sliding window", tokens(1, 40))  # Gemma 2 has both
+    refused(model, r"soft-capping|sliding-window", tokens(1, 40))  # Gemma 2 has both
     refused_on_a_cache(model, r"logit soft-capping \(softcap\)", tokens(1, 41))
 
 
@@ -323,7 +323,7 @@ def test_learned_attention_sinks_are_refused(tiny_model, tokens):
         GptOssConfig, GptOssForCausalLM, "dma", num_local_experts=2, num_experts_per_tok=1,
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
     )  # fmt: skip
-    refused(model, r"attention sinks|sliding window", tokens(1, 40))  # GPT-OSS has both
+    refused(model, r"attention sinks|sliding-window", tokens(1, 40))  # GPT-OSS has both
     refused_on_a_cache(model, r"attention sinks \(s_aux\)", tokens(1, 41))
 
 

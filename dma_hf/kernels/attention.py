@@ -16,8 +16,9 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..config import DMAConfig
+from ..formats import get_format
+from ..plan import Plan
 from ..transforms import hadamard_size
-from ..tuning import Blocks
 from .encoding import hadamard
 from .interpreter import dot, narrow
 from .loading import load_rows, token_range
@@ -25,6 +26,7 @@ from .nonfinite import spoiled_rows
 from .operands import (
     element_of,
     multiplicand,
+    padded_columns,
     quantize_rows,
     scale_bytes,
     scale_count,
@@ -32,30 +34,34 @@ from .operands import (
     stored_width,
 )
 from .quantize import TILE as SCALE_TILE
-from .quantize import QuantizedKey
+from .quantize import KeyOperand, QuantizedKey
 
 LOG2_E = math.log2(math.e)
+
+# Triton 3.6 fails to compile a `tl.dot_scaled` for sm_100 that starts from constant zeros
+NEEDS_START = tl.constexpr(tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 9))
 
 
 @triton.jit
 def _load_block_scales(
     block_scales, first_row, FORMAT: tl.constexpr, COUNT: tl.constexpr, BLOCK_N: tl.constexpr,
-    TILE: tl.constexpr,
+    TILE: tl.constexpr, USE_TMA: tl.constexpr,
 ):  # fmt: skip
     """Block scales of BLOCK_N rows from `first_row` on, [BLOCK_N, COUNT], as `tl.dot_scaled` takes them."""
     GROUPS: tl.constexpr = (COUNT + 3) // 4
-    if BLOCK_N == TILE and COUNT % 4 == 0:
-        # One contiguous read of the layout that Blackwell's tensor memory holds: the compiler turns this
-        # reshape into the hardware's scale copy (tcgen05.cp) instead of a shuffle through registers.
-        offsets = (first_row // TILE) * (GROUPS * 512) + tl.arange(0, GROUPS * 512)
-        packed = tl.reshape(tl.load(block_scales + offsets), (GROUPS, 32, 4, 4))
-        scales = tl.reshape(tl.permute(packed, (2, 1, 0, 3)), (TILE, COUNT))
+    if USE_TMA:
+        # The stored layout is the one that Blackwell's tensor memory holds. Loaded by the copy engine and
+        # turned by exactly these steps, scales go from shared to tensor memory in the hardware's scale
+        # copy (tcgen05.cp); any other spelling goes through registers.
+        packed = block_scales.load([(first_row // TILE).to(tl.int32), 0, 0, 0])
+        packed = tl.reshape(packed, (1, GROUPS, 32, 4, 4))
+        return tl.reshape(tl.permute(packed, (0, 3, 2, 1, 4)), (TILE, COUNT))
     else:
         r = (first_row % TILE + tl.arange(0, BLOCK_N))[:, None]
         c = tl.arange(0, COUNT)[None, :]
         within = (c // 4) * 512 + (r % 32) * 16 + (r // 32) * 4 + c % 4
         scales = tl.load(block_scales + (first_row // TILE) * (GROUPS * 512) + within)
-    return _as_scale_type(scales, FORMAT)
+        return _as_scale_type(scales, FORMAT)
 
 
 @triton.jit
@@ -123,12 +129,15 @@ def _through_memory(tile, scratch, row_offsets, mask, COLUMNS: tl.constexpr):
 
 @triton.jit
 def _products(
-    query, query_scales, key, key_scales, FORMAT: tl.constexpr, KIND: tl.constexpr
+    query, query_scales, key, key_scales, start, FORMAT: tl.constexpr, KIND: tl.constexpr
 ):  # fmt: skip
-    """query [BLOCK_M, D] times key [BLOCK_N, D] transposed, float32 [BLOCK_M, BLOCK_N]."""
+    """query [BLOCK_M, D] times key [BLOCK_N, D] transposed, float32 [BLOCK_M, BLOCK_N].
+
+    `start` (zeros, or None) is what a "scaled" product is added to.
+    """
     if KIND == "scaled":
         return tl.dot_scaled(
-            query, query_scales, element_of(FORMAT), tl.trans(key), key_scales, element_of(FORMAT)
+            query, query_scales, element_of(FORMAT), tl.trans(key), key_scales, element_of(FORMAT), start
         )
     elif KIND == "int8":
         return tl.dot(query, tl.trans(key), out_dtype=tl.int32).to(tl.float32)
@@ -146,7 +155,8 @@ def _walk(
     FORMAT: tl.constexpr, KIND: tl.constexpr, KEY_WIDTH: tl.constexpr, KEY_COLUMNS: tl.constexpr,
     SCALE_COUNT: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_COLUMNS: tl.constexpr,
     BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, MASK: tl.constexpr, OFFSET: tl.constexpr,
-    SCALE_TILE: tl.constexpr, KEY_TMA: tl.constexpr, VALUE_TMA: tl.constexpr, STAGES: tl.constexpr,
+    SCALE_TILE: tl.constexpr, KEY_TMA: tl.constexpr, SCALE_TMA: tl.constexpr, VALUE_TMA: tl.constexpr,
+    STAGES: tl.constexpr,
     REPAIR: tl.constexpr,
 ):  # fmt: skip
     """Online softmax over the keys [start_a, stop_a) and [start_b, stop_b), all of one precision."""
@@ -163,9 +173,13 @@ def _walk(
         k_scales = None
         if KIND == "scaled":
             k_scales = _load_block_scales(
-                key_block_scales, scale_row0 + first, FORMAT, SCALE_COUNT, BLOCK_N, SCALE_TILE
-            )
-        scores = _products(query, query_scales, k, k_scales, FORMAT, KIND)
+                key_block_scales, scale_row0 + first, FORMAT, SCALE_COUNT, BLOCK_N, SCALE_TILE,
+                SCALE_TMA,
+            )  # fmt: skip
+        start = None
+        if KIND == "scaled" and NEEDS_START:
+            start = tl.zeros((factor.shape[0], BLOCK_N), tl.float32) + 0.0 * row_sum[:, None]
+        scores = _products(query, query_scales, k, k_scales, start, FORMAT, KIND)
 
         row_factor = factor
         if GRANULARITY == "tile":
@@ -226,6 +240,7 @@ def _attention_kernel(
     LOG2_ROTATION: tl.constexpr, ROTATION_NORM: tl.constexpr, PRECISION_TILE: tl.constexpr,
     DIAGONAL: tl.constexpr, SINK: tl.constexpr, MASK_LOW: tl.constexpr, SCALE_TILE: tl.constexpr,
     LOW_TMA: tl.constexpr, HIGH_TMA: tl.constexpr, VALUE_TMA: tl.constexpr,
+    LOW_SCALE_TMA: tl.constexpr, HIGH_SCALE_TMA: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, HIGH_STAGES: tl.constexpr,
     HIGH_BLOCK_N: tl.constexpr, VIA_MEMORY: tl.constexpr, REPAIR: tl.constexpr,
 ):  # fmt: skip
@@ -296,8 +311,8 @@ def _attention_kernel(
         HIGH_FORMAT, HIGH_KIND, stored_width(HIGH_FORMAT, HIGH_KIND, HEAD_DIM),
         stored_width(HIGH_FORMAT, HIGH_KIND, COLUMNS),
         scale_count(HIGH_FORMAT, HIGH_KIND, COLUMNS), VALUE_DIM, VALUE_COLUMNS,
-        HIGH_BLOCK_N, CAUSAL, True, SMOOTH and HIGH_KIND == "raw", SCALE_TILE, HIGH_TMA, VALUE_TMA,
-        HIGH_STAGES, REPAIR,
+        HIGH_BLOCK_N, CAUSAL, True, SMOOTH and HIGH_KIND == "raw", SCALE_TILE, HIGH_TMA, HIGH_SCALE_TMA,
+        VALUE_TMA, HIGH_STAGES, REPAIR,
     )  # fmt: skip
 
     q = tl.load(query_pointers, mask=query_mask, other=0.0).to(tl.float32)
@@ -313,8 +328,8 @@ def _attention_kernel(
         LOW_FORMAT, LOW_KIND, stored_width(LOW_FORMAT, LOW_KIND, HEAD_DIM),
         stored_width(LOW_FORMAT, LOW_KIND, COLUMNS),
         scale_count(LOW_FORMAT, LOW_KIND, COLUMNS), VALUE_DIM, VALUE_COLUMNS,
-        BLOCK_N, CAUSAL, MASK_LOW, SMOOTH and LOW_KIND == "raw", SCALE_TILE, LOW_TMA, VALUE_TMA,
-        STAGES, REPAIR,
+        BLOCK_N, CAUSAL, MASK_LOW, SMOOTH and LOW_KIND == "raw", SCALE_TILE, LOW_TMA, LOW_SCALE_TMA,
+        VALUE_TMA, STAGES, REPAIR,
     )  # fmt: skip
 
     # a row that saw no key is zeros, as in SDPA; NaN sums stay NaN
@@ -342,9 +357,7 @@ def attend_quantized(
     causal: bool,
     scale: float,
     config: DMAConfig,
-    blocks: Blocks,
-    use_tma: bool,
-    via_memory: bool,
+    plan: Plan,
     key_ranges: Tensor | None = None,
 ) -> Tensor:
     """Attention of `query` [B, H, M, D] to a quantised K and to `value` [B, Hkv, N, Dv].
@@ -353,16 +366,15 @@ def attend_quantized(
         key: the K that was quantised; read where an operand is "raw".
         quantized: what `quantize_key` made of it.
         causal, scale, config, key_ranges: as in `reference_attention`.
-        blocks: block sizes and launch options; both blocks divide `config.tile`.
-        use_tma: load K and V with the copy engine (sm_90 and later), where their layout allows it.
-        via_memory: keep the quantised query in shared memory (sm_90), see `_through_memory`.
+        plan: what `plan.make_plan` decided.
 
     Returns:
         [B, H, M, Dv], stored as [B, M, H, Dv], which is how Transformers wants it next.
     """
+    blocks, use_tma, via_memory = plan.blocks, plan.use_tma, plan.via_memory
     batch, heads, query_length, head_dim = query.shape
     kv_heads, key_length, value_dim = value.shape[1:]
-    columns = triton.next_power_of_2(head_dim)
+    columns = padded_columns(head_dim)
     value_columns = triton.next_power_of_2(value_dim)
     low, high = quantized.low, quantized.high
     # with one format everywhere the map decides nothing but which loop masks: one diagonal tile
@@ -379,6 +391,8 @@ def attend_quantized(
     high_key, high_tma = _source(
         key if high.elements is None else high.elements, columns, blocks.high_n, use_tma
     )
+    low_scales, low_scale_tma = _scale_source(low, columns, blocks.n, use_tma)
+    high_scales, high_scale_tma = _scale_source(high, columns, blocks.high_n, use_tma)
     low_value, value_tma = _source(value, value_columns, blocks.n, use_tma)
     high_value, _ = _source(value, value_columns, blocks.high_n, use_tma)
     rotation = hadamard_size(head_dim) if config.rotate else 1
@@ -393,7 +407,7 @@ def attend_quantized(
     for repair in (False,) if quantized.bad_keys is None else (False, True):
         _attention_kernel[(heads, batch, blocks_m)](
             query, low_value, high_value, out, scratch, key_ranges, quantized.mean, quantized.bad_keys, key,
-            low_key, low.block_scales, low.scale, high_key, high.block_scales, high.scale,
+            low_key, low_scales, low.scale, high_key, high_scales, high.scale,
             query_length, key_length, scale * LOG2_E, key_rows,
             *query.stride()[:3], *value.stride()[:3], *out.stride()[:3], *scratch.stride()[:3],
             *key.stride()[:3],
@@ -408,6 +422,7 @@ def attend_quantized(
             # without padding, a causal low tile lies wholly in the past: only these cases cut one
             MASK_LOW=key_ranges is not None or (diagonal == 0 if causal else key_length % blocks.n != 0),
             SCALE_TILE=SCALE_TILE, LOW_TMA=low_tma, HIGH_TMA=high_tma, VALUE_TMA=value_tma,
+            LOW_SCALE_TMA=low_scale_tma, HIGH_SCALE_TMA=high_scale_tma,
             BLOCK_M=blocks.m, BLOCK_N=blocks.n, STAGES=blocks.stages,
             HIGH_STAGES=blocks.high_stages, HIGH_BLOCK_N=blocks.high_n,
             VIA_MEMORY=via_memory, REPAIR=repair,
@@ -416,9 +431,7 @@ def attend_quantized(
     return out
 
 
-def _source(
-    tensor: Tensor, columns: int, rows: int, use_tma: bool
-) -> tuple[Tensor | TensorDescriptor, bool]:
+def _source(tensor: Tensor, columns: int, rows: int, use_tma: bool) -> tuple[Tensor | TensorDescriptor, bool]:
     """`tensor` [B, H, rows, width] as the kernel reads it: a TMA descriptor where its layout allows one."""
     step = 16 // tensor.element_size()  # the copy engine wants 16-byte steps
     if (
@@ -431,3 +444,22 @@ def _source(
     packed = tensor.dtype == torch.uint8
     block_shape = [1, 1, rows, columns // 2 if packed else columns]
     return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), block_shape), True
+
+
+def _scale_source(
+    operand: KeyOperand, columns: int, rows: int, use_tma: bool
+) -> tuple[Tensor | TensorDescriptor | None, bool]:
+    """Block scales as the kernel reads them: a TMA descriptor where a step takes whole groups of them."""
+    scales = operand.block_scales
+    if scales is None:
+        return None, False
+    block = get_format(operand.format).block
+    assert block is not None  # a format without blocks has no block scales
+    if not use_tma or rows != SCALE_TILE or columns // block % 4:
+        return scales, False
+    if operand.format == "nvfp4":
+        scales = scales.view(torch.float8_e4m3fn)  # the type that tells `tl.dot_scaled` their meaning
+    # two rows of 256 bytes: what the copy engine loads may have no longer side
+    groups = scales.shape[3]
+    scales = scales.view(-1, groups, 2, 256)
+    return TensorDescriptor(scales, list(scales.shape), list(scales.stride()), [1, groups, 2, 256]), True

@@ -29,6 +29,15 @@ E4M3_SMALLEST = tl.constexpr(2.0**-9)
 SMALLEST_SCALE = tl.constexpr(2.0**-126)
 
 
+MIN_COLUMNS = 32
+"""Columns of the smallest tile: a block of the MX formats, and the shortest product of FP8 operands."""
+
+
+def padded_columns(head_dim: int) -> int:
+    """Columns of a tile that holds rows of `head_dim` elements, filled up with zeros."""
+    return max(MIN_COLUMNS, triton.next_power_of_2(head_dim))
+
+
 @constexpr_function
 def element_of(format):
     return FORMATS[format].element

@@ -1,0 +1,54 @@
+"""Everything that is decided before a launch, from the device, the formats and the shape."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from .config import DMAConfig
+from .policy import OperandKind, device_capability, interpreting, operand_kind
+from .tuning import Blocks, choose_blocks
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How the kernels compute one call.
+
+    Attributes:
+        low_kind, high_kind: what the tensor core multiplies in low and in high tiles.
+        blocks: block sizes and launch options of the attention kernel.
+        use_tma: load K and V with the copy engine (sm_90 and later), where their layout allows it.
+        via_memory: keep the quantised query in shared memory (sm_90), see
+            `kernels.attention._through_memory`.
+    """
+
+    low_kind: OperandKind
+    high_kind: OperandKind
+    blocks: Blocks
+    use_tma: bool
+    via_memory: bool
+
+
+def make_plan(config: DMAConfig, capability: int, head_dim: int, value_dim: int, element_size: int) -> Plan:
+    """The plan for a GPU of compute capability `capability` (90 for sm_90).
+
+    Args:
+        config: formats and tile.
+        head_dim, value_dim: D and Dv.
+        element_size: bytes of an element of V.
+    """
+    low_kind, high_kind = operand_kind(config.low, capability), operand_kind(config.high, capability)
+    return Plan(
+        low_kind,
+        high_kind,
+        choose_blocks(capability, head_dim, value_dim, element_size, low_kind, config.tile),
+        use_tma=capability >= 90 and not interpreting(),
+        via_memory=capability == 90,
+    )
+
+
+def plan_call(query: Tensor, value: Tensor, config: DMAConfig) -> Plan:
+    """The plan for one call on the device of its tensors."""
+    capability = device_capability(query.device)
+    return make_plan(config, capability, query.shape[-1], value.shape[-1], value.element_size())

@@ -1,0 +1,231 @@
+"""The kernels at full size on a GPU: long sequences, 64-bit offsets, compilation, CUDA graphs, memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from kernel_cases import Case, laid_out, relative_error
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from dma_hf import DMAConfig, diagonal_tiled_attention
+from dma_hf.reference import reference_attention
+
+pytestmark = pytest.mark.gpu
+
+GIB = 2**30
+
+
+@pytest.fixture(autouse=True)
+def _release_memory() -> Iterator[None]:
+    yield
+    torch.cuda.empty_cache()
+
+
+def need_memory(gib: int) -> None:
+    """Skip on a smaller card, or one that others fill."""
+    if torch.cuda.mem_get_info()[0] < gib * GIB:
+        pytest.skip(f"needs {gib} GiB of free GPU memory")
+
+
+def normal(*shape: int, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> Tensor:
+    """[B, H, N, D] in Transformers' layout, on the GPU."""
+    generator = torch.Generator("cuda").manual_seed(seed)
+    batch, heads, length, dim = shape
+    return torch.randn(batch, length, heads, dim, device="cuda", dtype=dtype, generator=generator).transpose(
+        1, 2
+    )
+
+
+def reference_rows(
+    query: Tensor, key: Tensor, value: Tensor, config: DMAConfig, causal: bool, first: int, count: int = 128
+) -> Tensor:
+    """The reference's rows [first, first + count) of one call.
+
+    Bottom-right alignment makes the last rows a call of their own. Causal rows further up are a call with
+    fewer keys, which has another mean: only without smoothing.
+    """
+    if causal:
+        stop = key.shape[2] - query.shape[2] + first + count
+        assert stop == key.shape[2] or not config.smooth_k
+        key, value = key[:, :, :stop], value[:, :, :stop]
+    else:
+        assert config.low == config.high or first + count == query.shape[2]  # tiles count from the end
+    rows = query[:, :, first : first + count]
+    return reference_attention(rows, key, value, causal=causal, scale=query.shape[-1] ** -0.5, config=config)
+
+
+@pytest.mark.parametrize(
+    ("config", "dims", "heads", "length"),
+    [
+        ("paper", (128, 128), (8, 2), 32768),
+        ("low=mxfp4,high=none", (128, 128), (8, 2), 32768),
+        ("paper,diagonal=512,sink=256", (64, 64), (8, 8), 16384),
+        ("low=int8,high=fp8,rotate=true", (128, 128), (4, 1), 16385),
+        ("low=fp8,high=mxfp8_e5m2", (256, 256), (4, 2), 8191),
+        ("low=mxfp4,high=mxfp4", (192, 128), (4, 4), 4096),
+        ("low=none,high=none", (80, 96), (4, 2), 8192),
+    ],
+)
+@pytest.mark.parametrize("causal", [True, False])
+def test_long_sequences(config, dims, heads, length, causal):
+    setting = DMAConfig.parse(config)
+    query = normal(1, heads[0], length, dims[0])
+    key = normal(1, heads[1], length, dims[0], seed=1) + 3 * normal(1, heads[1], 1, dims[0], seed=2)
+    value = normal(1, heads[1], length, dims[1], seed=3)
+    out = diagonal_tiled_attention(query, key, value, causal=causal, config=setting)
+    assert out.isfinite().all()
+    expected = reference_rows(query, key, value, setting, causal, length - 128)
+    assert relative_error(out[:, :, -128:], expected) <= 2e-3
+
+
+@pytest.mark.parametrize("config", ["paper", "low=mxfp4,high=none", "low=int8,high=mxfp8_e5m2"])
+def test_rows_in_the_middle(config):
+    setting = DMAConfig.parse(f"{config},smooth_k=false")
+    query, key, value = (normal(2, heads, 32768, 128, seed=heads) for heads in (4, 2, 2))
+    out = diagonal_tiled_attention(query, key, value, config=setting)
+    for first in (0, 100, 1000, 17000, 32000):
+        expected = reference_rows(query, key, value, setting, True, first)
+        assert relative_error(out[:, :, first : first + 128], expected) <= 2e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_long_sequences_in_other_types(dtype):
+    query, key, value = (normal(1, 2, 8192, 128, dtype=dtype, seed=seed) for seed in range(3))
+    out = diagonal_tiled_attention(query, key, value)
+    expected = reference_rows(query, key, value, DMAConfig(), True, 8192 - 128)
+    # float32: one key whose smoothed value lies on a rounding boundary may round the other way
+    assert relative_error(out[:, :, -128:], expected) <= (1e-4 if dtype == torch.float32 else 2e-3)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "packed", "unaligned", "broadcast"])
+def test_layouts(layout):
+    query, key, value = (laid_out(normal(2, 4, 2000, 128, seed=seed), layout) for seed in range(3))
+    out = diagonal_tiled_attention(query, key, value)
+    same = diagonal_tiled_attention(query.contiguous(), key.contiguous(), value.contiguous())
+    assert torch.equal(out, same)
+
+
+def test_padding():
+    case = Case(DMAConfig(), (3000, 3000), (128, 128), (4, 2), batch=2, real=((0.3, 1.0), (0.0, 0.6)))
+    inputs = case.inputs()
+    out = diagonal_tiled_attention(**inputs)
+    for row in range(2):
+        real = inputs["padding_mask"][row]
+        alone = [inputs[name][row : row + 1, :, real] for name in ("query", "key", "value")]
+        assert relative_error(out[row : row + 1, :, real], diagonal_tiled_attention(*alone)) <= 1e-3
+
+
+def test_more_than_2_to_the_31_elements_of_query():
+    need_memory(24)
+    query, key, value = normal(1, 64, 262144 + 300, 128), normal(1, 8, 640, 128), normal(1, 8, 640, 128)
+    assert query.numel() > 2**31
+    setting = DMAConfig()
+    out = diagonal_tiled_attention(query, key, value, causal=False, config=setting)
+    last = slice(query.shape[2] - 128, None)
+    expected = reference_rows(query, key, value, setting, False, query.shape[2] - 128)
+    assert relative_error(out[:, :, last], expected) <= 2e-3
+    # the first rows, as a call of their own: queries so far before the keys have low tiles only
+    setting = DMAConfig(low="mxfp8", high="mxfp8")
+    del out
+    out = diagonal_tiled_attention(query, key, value, causal=False, config=setting)
+    for first in (0, 131072, 262144 + 172):
+        expected = reference_rows(query, key, value, setting, False, first)
+        assert relative_error(out[:, :, first : first + 128], expected) <= 2e-3
+
+
+def test_more_than_2_to_the_31_elements_of_key():
+    need_memory(48)
+    length = 2**20 + 300
+    key, value, query = (
+        normal(1, 16, length, 128),
+        normal(1, 16, length, 128, seed=1),
+        normal(1, 16, 256, 128),
+    )
+    assert key.numel() > 2**31
+    setting = DMAConfig()
+    out = diagonal_tiled_attention(query, key, value, config=setting)
+    for head in (0, 15):
+        one = slice(head, head + 1)
+        expected = reference_rows(query[:, one], key[:, one], value[:, one], setting, True, 128)
+        assert relative_error(out[:, one, 128:], expected) <= 2e-3
+
+
+@pytest.mark.parametrize("config", ["paper", "low=mxfp4", "low=int8,high=none"])
+def test_two_runs_give_the_same_bits(config):
+    query, key, value = (normal(2, heads, 4000, 128, seed=heads) for heads in (8, 2, 2))
+    first, *others = (
+        diagonal_tiled_attention(query, key, value, config=DMAConfig.parse(config)) for _ in range(4)
+    )
+    assert all(torch.equal(first.view(torch.int16), other.view(torch.int16)) for other in others)
+
+
+def test_every_element_is_written(uninitialized_memory_is_nan):
+    query, key, value = (normal(2, heads, 4001, 128, seed=heads) for heads in (8, 2, 2))
+    assert diagonal_tiled_attention(query, key, value).isfinite().all()
+
+
+@pytest.mark.parametrize("config", ["paper", "low=mxfp4,high=none"])
+def test_extra_memory(config):
+    query, key, value = (normal(1, heads, 32768, 128, seed=heads) for heads in (32, 8, 8))
+    setting = DMAConfig.parse(config)
+    diagonal_tiled_attention(
+        query[:, :, -256:], key[:, :, -256:], value[:, :, -256:], config=setting
+    )  # compile
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    out = diagonal_tiled_attention(query, key, value, config=setting)
+    extra = torch.cuda.max_memory_allocated() - before - out.nbytes
+    assert extra <= 1.2 * (key.nbytes + value.nbytes)
+
+
+@pytest.fixture(scope="module")
+def llama() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=128, hidden_size=256, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=64, max_position_embeddings=2048,
+    )  # fmt: skip
+    return LlamaForCausalLM._from_config(config, attn_implementation="dma").eval().to("cuda", torch.bfloat16)
+
+
+def test_a_model_compiles_without_graph_breaks(llama):
+    tokens = torch.randint(2, 128, (2, 700), device="cuda")
+    compiled = torch.compile(llama, fullgraph=True)
+    with torch.inference_mode():
+        out, expected = (model(tokens, use_cache=False).logits for model in (compiled, llama))
+    # the compiler fuses, so 16-bit roundings fall elsewhere
+    assert relative_error(out, expected) <= 2e-2
+
+
+@pytest.mark.parametrize("config", ["paper", "low=mxfp4,high=none"])
+def test_a_cuda_graph_replays(config):
+    setting = DMAConfig.parse(config)
+    inputs = [normal(1, heads, 1000, 128, seed=heads) for heads in (4, 2, 2)]
+    diagonal_tiled_attention(*inputs, config=setting)  # compilation is no part of a graph
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = diagonal_tiled_attention(*inputs, config=setting)
+    for seed in (10, 20):
+        for old, new in zip(
+            inputs, (normal(*x.shape, seed=seed + i) for i, x in enumerate(inputs)), strict=True
+        ):
+            old.copy_(new)
+        graph.replay()
+        assert torch.equal(out, diagonal_tiled_attention(*inputs, config=setting))
+
+
+def test_a_model_in_a_cuda_graph_replays(llama):
+    tokens = torch.randint(2, 128, (1, 512), device="cuda")
+    with torch.inference_mode():
+        llama(tokens, use_cache=False)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = llama(tokens, use_cache=False).logits
+        tokens.copy_(torch.randint(2, 128, (1, 512), device="cuda"))
+        graph.replay()
+        assert torch.equal(out, llama(tokens, use_cache=False).logits)
