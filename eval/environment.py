@@ -77,8 +77,12 @@ def _git_commit() -> tuple[str | None, bool | None]:
     """The commit of the checkout this file is in and whether it was changed since.
 
     Untracked files do not count. (None, None) for an installed package, even one that lies inside
-    somebody else's checkout.
+    somebody else's checkout. A copy of a clean checkout without its history, as it is sent to another
+    machine, may name its commit in DMA_HF_COMMIT.
     """
+    exported = os.environ.get("DMA_HF_COMMIT")
+    if exported:
+        return exported, False
     root = Path(__file__).resolve().parents[1]
     try:
         top = _git(root, "rev-parse", "--show-toplevel")
