@@ -9,9 +9,18 @@ Importing this package registers `attn_implementation="dma"`:
 from .attention import diagonal_tiled_attention
 from .config import DMAConfig
 from .plugin import configure, register
+from .policy import DMAFallbackWarning
 from .quantization import QuantizedTensor, quantize
 from .version import __version__
 
-__all__ = ["DMAConfig", "QuantizedTensor", "__version__", "configure", "diagonal_tiled_attention", "quantize"]
+__all__ = [
+    "DMAConfig",
+    "DMAFallbackWarning",
+    "QuantizedTensor",
+    "__version__",
+    "configure",
+    "diagonal_tiled_attention",
+    "quantize",
+]
 
 register()

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
+from transformers.utils.import_utils import is_tracing
 
 from .attention import attend
 from .config import DMAConfig
@@ -194,8 +195,8 @@ def dma_mask(
         raise _unsupported(f"the cache dropped its first {kv_offset} tokens (a sliding cache)")
     if attention_mask is None:
         return None
-    # a graph cannot look at values: compiled, every mask becomes ranges, and holes in it go unnoticed
-    look = not torch.compiler.is_compiling()
+    # a graph cannot look at values: traced, every mask becomes ranges, and holes in it go unnoticed
+    look = not is_tracing(attention_mask)
     if look and bool(attention_mask.all()):
         return None
     return padding_ranges(attention_mask[:, -kv_length:], check=look)
@@ -209,8 +210,8 @@ def _name_of_mask(mask_function: Any, arguments: dict[str, Any]) -> str:
     if arguments.get("use_vmap"):
         return "a causal mask with an overlay (or_mask_function or and_mask_function)"
     return (
-        "a mask for packed sequences (position_ids that restart; without a cache, torch.compile has to"
-        " assume them: pass attention_mask or use_cache=True)"
+        "a mask for packed sequences (position_ids that restart; without a cache, torch.compile and CUDA"
+        " graphs have to assume them: pass attention_mask or use_cache=True)"
     )
 
 

@@ -18,7 +18,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .tables import PERPLEXITY_COLUMNS, perplexity_rows, recall_columns, recall_rows
+from .tables import (
+    PERPLEXITY_COLUMNS,
+    perplexity_rows,
+    recall_columns,
+    recall_rows,
+    speed_columns,
+    speed_rows,
+)
 
 MARKED = re.compile(
     r"(?P<start><!-- results: (?P<path>\S+) -->\n).*?(?P<end><!-- end of results -->)", re.DOTALL
@@ -36,10 +43,20 @@ def fill(page: str, folder: Path) -> str:
 
 
 def render(content: dict[str, Any]) -> str:
-    """The content of ``perplexity.json`` or ``recall.json`` as Markdown: its table and its origin."""
+    """The content of a results file as Markdown: its table and its origin.
+
+    Knows ``perplexity.json``, ``recall.json`` and the attention suite's ``kernels.json``.
+    """
     runs = content["runs"]
     columns: Sequence[str]
-    if "perplexity" in runs[0]:
+    if "op" in runs[0]:
+        columns, rows = speed_columns(runs), speed_rows(runs)
+        shape = runs[0]["shape"]
+        what = (
+            f"time of SDPA's default over the provider's, quantisation included; batch × length, causal,"
+            f" {shape['heads']} / {shape['kv_heads']} heads"
+        )
+    elif "perplexity" in runs[0]:
         columns, rows = PERPLEXITY_COLUMNS, perplexity_rows(runs)
         task = content["recall"]
         what = (
@@ -53,7 +70,8 @@ def render(content: dict[str, Any]) -> str:
     lines = [_line(columns), _line(["---", *["---:"] * (len(columns) - 1)]), *map(_line, rows)]
     table = "\n".join(lines)
     return (
-        f"{table}\n\n`{content['environment']['command']}`: {what}; {content['data']}. {_origin(content)}\n"
+        f"{table}\n\n`{content['environment']['command']}`: {what}"
+        f"{'; ' + content['data'] if 'data' in content else ''}. {_origin(content)}\n"
     )
 
 
@@ -65,7 +83,7 @@ def _origin(content: dict[str, Any]) -> str:
     where = content["environment"]
     return (
         f"{where['hardware']}, {where['dtype']}, PyTorch {where['torch']},"
-        f" Transformers {where['transformers']}, {where['date'][:10]}."
+        f" Triton {where['triton']}, Transformers {where['transformers']}, {where['date'][:10]}."
     )
 
 

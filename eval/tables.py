@@ -144,3 +144,43 @@ def kernel_table(runs: Sequence[Run], fields: Sequence[str]) -> Table:
     for row in kernel_rows(runs, fields):
         table.add_row(*map(Text, row))
     return table
+
+
+def speed_columns(runs: Sequence[Run]) -> list[str]:
+    """The header of ``speed_rows``: batch x length of each shape in the series."""
+    return ["head dimension", "attention", *(f"{batch} × {length:,}" for batch, length in _series(runs))]
+
+
+def speed_rows(runs: Sequence[Run]) -> list[list[str]]:
+    """Speed against SDPA's default over the length: a row per head dimension and provider.
+
+    Of a kernels file, the causal series whose shapes all have the same number of tokens in a batch or
+    batch 1, with the heads of the first run; providers that never ran are left out.
+    """
+    ratios = {
+        (run["shape"]["head_dim"], run["provider"], run["shape"]["batch"], run["shape"]["length"]): run
+        for run in runs
+        if _in_series(run, runs)
+    }
+    rows = []
+    for head_dim in dict.fromkeys(key[0] for key in ratios):
+        for provider in dict.fromkeys(key[1] for key in ratios if key[0] == head_dim):
+            measured = [ratios.get((head_dim, provider, *shape), {}) for shape in _series(runs)]
+            values = [run.get("ratio_to_sdpa_default") for run in measured]
+            if any(value is not None for value in values):
+                cells = ["–" if value is None else f"{value:.2f}" for value in values]
+                rows.append([str(head_dim), provider, *cells])
+    return rows
+
+
+def _in_series(run: Run, runs: Sequence[Run]) -> bool:
+    shape, first = run["shape"], runs[0]["shape"]
+    same = all(shape[name] == first[name] for name in ("heads", "kv_heads", "causal"))
+    tokens = first["batch"] * first["length"]
+    whole = shape["batch"] * shape["length"] == tokens or (shape["batch"] == 1 and shape["length"] > tokens)
+    return bool(run["op"] == "attention" and same and whole)
+
+
+def _series(runs: Sequence[Run]) -> list[tuple[int, int]]:
+    shapes = {(r["shape"]["length"], r["shape"]["batch"]) for r in runs if _in_series(r, runs)}
+    return [(batch, length) for length, batch in sorted(shapes)]

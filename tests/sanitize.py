@@ -1,7 +1,7 @@
 """Tiny launches of every kind of kernel, for compute-sanitizer to watch. Needs a CUDA device.
 
-    compute-sanitizer --tool memcheck  python tests/sanitize.py
-    compute-sanitizer --tool racecheck python tests/sanitize.py
+    PYTHONPATH=. compute-sanitizer --tool memcheck  python tests/sanitize.py
+    PYTHONPATH=. compute-sanitizer --tool racecheck python tests/sanitize.py
 
 PYTORCH_NO_CUDA_MEMORY_CACHING=1 gives every tensor an allocation of its own, so that memcheck sees an access
 one byte beyond it.

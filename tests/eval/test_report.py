@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 from dma_hf_eval.report import fill, main
+from dma_hf_eval.tables import speed_columns, speed_rows
 
 ENVIRONMENT = {
     "hardware": "A CPU, 2 cores",
     "dtype": "float32",
     "torch": "2.13.0",
+    "triton": "3.9.0",
     "transformers": "5.23.0",
     "date": "2026-01-02T03:04:05+00:00",
     "command": "dma-eval recall",
@@ -35,7 +37,7 @@ before
 |  | second copy | 1.2500 |
 
 `dma-eval recall`: 2 samples per distance, passages of 512 tokens; a text. \
-A CPU, 2 cores, float32, PyTorch 2.13.0, Transformers 5.23.0, 2026-01-02.
+A CPU, 2 cores, float32, PyTorch 2.13.0, Triton 3.9.0, Transformers 5.23.0, 2026-01-02.
 <!-- end of results -->
 after
 """
@@ -63,3 +65,32 @@ def test_pages_are_rewritten(folder: Path, monkeypatch: pytest.MonkeyPatch) -> N
 def test_a_missing_result_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"recall\.json"):
         fill(PAGE, tmp_path)
+
+
+def test_a_kernels_file_becomes_speeds_over_the_length():
+    def run(batch, length, head_dim, provider, ratio, **shape):
+        whole = {"batch": batch, "heads": 32, "kv_heads": 8, "length": length, "head_dim": head_dim}
+        return {
+            "op": "attention",
+            "provider": provider,
+            "shape": {**whole, "causal": True, **shape},
+            "ratio_to_sdpa_default": ratio,
+        }
+
+    runs = [
+        run(4, 4096, 128, "SDPA", 1.0),
+        run(1, 16384, 128, "SDPA", 1.0),
+        run(4, 4096, 128, "DMA paper", 0.5),
+        run(1, 16384, 128, "DMA paper", 0.754),
+        run(1, 16384, 128, "absent", None),
+        run(1, 16384, 128, "DMA paper", 0.1, causal=False),
+        run(1, 16384, 128, "DMA paper", 0.2, kv_heads=32),
+        run(1, 4096, 128, "DMA paper", 0.3),
+        run(4, 4096, 64, "DMA paper", 0.9),
+    ]
+    assert speed_columns(runs) == ["head dimension", "attention", "4 × 4,096", "1 × 16,384"]
+    assert speed_rows(runs) == [
+        ["128", "SDPA", "1.00", "1.00"],
+        ["128", "DMA paper", "0.50", "0.75"],
+        ["64", "DMA paper", "0.90", "–"],
+    ]
