@@ -76,7 +76,7 @@ def _usable_cores() -> int | None:
 def _git_commit() -> tuple[str | None, bool | None]:
     """The commit of the checkout this file is in and whether it was changed since.
 
-    Untracked files do not count. (None, None) for an installed package, even one that lies inside
+    Untracked files and results do not count. (None, None) for an installed package, even one that lies inside
     somebody else's checkout. A copy of a clean checkout without its history, as it is sent to another
     machine, may name its commit in DMA_HF_COMMIT.
     """
@@ -88,7 +88,8 @@ def _git_commit() -> tuple[str | None, bool | None]:
         top = _git(root, "rev-parse", "--show-toplevel")
         if Path(top).resolve() != root:
             return None, None
-        changes = _git(root, "status", "--porcelain", "--untracked-files=no")
+        # results are what the code writes, not the code
+        changes = _git(root, "status", "--porcelain", "--untracked-files=no", "--", ".", ":!eval/results")
         return _git(root, "rev-parse", "HEAD"), bool(changes)
     except (OSError, subprocess.CalledProcessError):  # no git, no repository, no commit
         return None, None
