@@ -29,18 +29,18 @@ def widen(x):
 
 
 @triton.jit
-def dot(a, b, accumulator=None):
-    """a @ b in float32; `accumulator` is added. float32 operands keep float32's accuracy."""
-    # tf32x3: three TF32 products give float32's accuracy; 16- and 8-bit operands ignore it.
-    # Hopper adds FP8 products in about 14 bits: sums of more than 128 are added up in float32 (without it,
-    # per-token FP8 at head_dim 256 was 2.2e-3 off the reference, at 128 0.7e-3 to 1.4e-3).
-    LONG_FP8: tl.constexpr = a.dtype == tl.float8e4nv and a.shape[1] > 128
+def dot(a, b, accumulator=None, SPLIT_SUMS: tl.constexpr = False):
+    """a @ b in float32; `accumulator` is added. float32 operands keep float32's accuracy.
+
+    SPLIT_SUMS adds up no more than 128 FP8 products in the tensor core, and the rest in float32.
+    """
+    # tf32x3: three TF32 products give float32's accuracy; 16- and 8-bit operands ignore it
     return tl.dot(
         widen(a),
         widen(b),
         accumulator,
         input_precision="tf32x3",
-        max_num_imprecise_acc=128 if LONG_FP8 else None,
+        max_num_imprecise_acc=128 if SPLIT_SUMS else None,
     )
 
 
