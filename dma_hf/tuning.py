@@ -18,7 +18,6 @@ class Blocks:
         stages: pipeline stages of the loop over low tiles.
         high_stages: pipeline stages of the loop over high tiles. At least 2 on Hopper: one loop that is
             not pipelined makes the assembler serialise the wgmma of the whole kernel.
-        max_registers: cap per thread, to fit more programs on a multiprocessor; None for none.
     """
 
     m: int
@@ -27,7 +26,6 @@ class Blocks:
     warps: int
     stages: int
     high_stages: int = 2
-    max_registers: int | None = None
 
 
 def choose_blocks(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from .errors import EvalError, UsageError
@@ -188,13 +188,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
 
-    perplexity = commands.add_parser(
+    perplexity = _command(
+        commands,
         "perplexity",
+        _perplexity,
         parents=[_common_options()],
         help="perplexity and divergence from SDPA, on any text",
         description=PERPLEXITY_DESCRIPTION,
         epilog=PERPLEXITY_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     perplexity.add_argument(
         "--context",
@@ -215,15 +216,15 @@ def _parser() -> argparse.ArgumentParser:
         metavar="TOKENS",
         help="score at most so many tokens, from the text's start (default: %(default)s)",
     )
-    perplexity.set_defaults(run=_perplexity)
 
-    recall = commands.add_parser(
+    recall = _command(
+        commands,
         "recall",
+        _recall,
         parents=[_common_options()],
         help="what is still found thousands of tokens back, by distance",
         description=RECALL_DESCRIPTION,
         epilog=RECALL_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     recall.add_argument(
         "--distances",
@@ -238,14 +239,14 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="passkeys, and as many passages, per distance (default: %(default)s)",
     )
-    recall.set_defaults(run=_recall)
 
-    kernels = commands.add_parser(
+    kernels = _command(
+        commands,
         "kernels",
+        _kernels,
         help="speed, error and memory of attention on the current GPU",
         description=KERNELS_DESCRIPTION,
         epilog=KERNELS_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     kernels.add_argument(
         "--suite",
@@ -269,14 +270,14 @@ def _parser() -> argparse.ArgumentParser:
     kernels.add_argument(
         "--output", metavar="DIR", help="a folder for the results as JSON, and for plots (made if missing)"
     )
-    kernels.set_defaults(run=_kernels)
 
-    tile_map = commands.add_parser(
+    tile_map = _command(
+        commands,
         "tile-map",
+        _tile_map,
         help="draw which tiles are computed in which format",
         description=TILE_MAP_DESCRIPTION,
         epilog=TILE_MAP_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     tile_map.add_argument(
         "--config", default="paper", metavar="CONFIG", help="a setting of DMA (default: %(default)s)"
@@ -289,8 +290,16 @@ def _parser() -> argparse.ArgumentParser:
         help="length of the prompt (default: %(default)s)",
     )
     tile_map.add_argument("--output", required=True, metavar="FILE", help="a picture: .svg or .png")
-    tile_map.set_defaults(run=_tile_map)
     return parser
+
+
+def _command(
+    commands: argparse._SubParsersAction[_Parser], name: str, run: Callable[..., None], **texts: Any
+) -> _Parser:
+    """One more command, which `run` carries out; texts are `add_parser`'s, with their lines kept."""
+    command = commands.add_parser(name, formatter_class=argparse.RawDescriptionHelpFormatter, **texts)
+    command.set_defaults(run=run)
+    return command
 
 
 def _common_options() -> _Parser:

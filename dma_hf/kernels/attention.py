@@ -16,7 +16,6 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..config import DMAConfig
-from ..formats import get_format
 from ..plan import Plan
 from ..transforms import hadamard_size
 from .encoding import hadamard
@@ -428,7 +427,7 @@ def attend_quantized(
             BLOCK_M=blocks.m, BLOCK_N=blocks.n, STAGES=blocks.stages,
             HIGH_STAGES=blocks.high_stages, HIGH_BLOCK_N=blocks.high_n,
             VIA_MEMORY=via_memory, REPAIR=repair,
-            num_warps=blocks.warps, maxnreg=blocks.max_registers,
+            num_warps=blocks.warps,
         )  # fmt: skip
     return out
 
@@ -455,9 +454,7 @@ def _scale_source(
     scales = operand.block_scales
     if scales is None:
         return None, False
-    block = get_format(operand.format).block
-    assert block is not None  # a format without blocks has no block scales
-    if not use_tma or rows != SCALE_TILE or columns // block % 4:
+    if not use_tma or rows != SCALE_TILE or scale_count(operand.format, operand.kind, columns) % 4:
         return scales, False
     if operand.format == "nvfp4":
         scales = scales.view(torch.float8_e4m3fn)  # the type that tells `tl.dot_scaled` their meaning

@@ -19,7 +19,7 @@ from ..formats import FORMATS, NONE
 from ..policy import OperandKind
 from ..transforms import hadamard_size
 from .encoding import hadamard, is_finite
-from .loading import token_range
+from .loading import load_rows, token_range
 from .operands import (
     multiplicand,
     padded_columns,
@@ -99,18 +99,6 @@ class QuantizedKey:
         return sum(operands.values()) + mean
 
 
-@triton.jit
-def _load_tokens(
-    base, first, start, count, stride_n, HEAD_DIM: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
-):
-    """Tokens [first, first + ROWS) of a sequence as float32 [ROWS, COLUMNS], zeros where none are."""
-    row = first + tl.arange(0, ROWS)
-    column = tl.arange(0, COLUMNS)
-    inside = (row < count)[:, None] & (column < HEAD_DIM)[None, :]
-    offsets = (start + row).to(tl.int64)[:, None] * stride_n + column[None, :]
-    return tl.load(base + offsets, mask=inside, other=0.0).to(tl.float32), row < count
-
-
 @triton.jit(do_not_specialize=["key_length"])
 def _sum_kernel(
     key,
@@ -128,13 +116,15 @@ def _sum_kernel(
     """Sum of one chunk of the tokens of one head: partial_sums [B, Hkv, CHUNKS, COLUMNS] float32."""
     chunk, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     start, count = token_range(ranges, batch, key_length)
-    base = key + batch.to(tl.int64) * stride_b + head.to(tl.int64) * stride_h
     chunk_size = tl.cdiv(tl.cdiv(count, CHUNKS), ROWS) * ROWS
     last = tl.minimum((chunk + 1) * chunk_size, count)
     # a sum for each row of the tile, added up once after the loop: no reduction between the loads
     sums = tl.zeros((ROWS, COLUMNS), tl.float32)
     for first in tl.range(chunk * chunk_size, last, ROWS):
-        x, _ = _load_tokens(base, first, start, last, stride_n, HEAD_DIM, ROWS, COLUMNS)
+        x = load_rows(
+            key, stride_b, stride_h, stride_n, batch, head, start + first, start + last,
+            HEAD_DIM, COLUMNS, ROWS, False,
+        ).to(tl.float32)  # fmt: skip
         # NaN and Inf count as zeros, or one bad token would spoil every other
         sums += tl.where(is_finite(x), x, 0.0)
     heads = tl.num_programs(1)
@@ -178,8 +168,10 @@ def _store_operand(
 ):
     """Quantise ROWS tokens and write one operand. row0: the first one's row among those of all heads."""
     scaled, code, scale, token_scale = quantize_rows(x, ROWS, COLUMNS, FORMAT, CEIL)
-    if tl.max(tl.max((code == 255).to(tl.int32), 1) | (token_scale != token_scale).to(tl.int32), 0) > 0:
-        tl.atomic_max(bad_key, 1)
+    if bad_key is not None:
+        bad = tl.max((code == 255).to(tl.int32), 1) | (token_scale != token_scale).to(tl.int32)
+        if tl.max(bad, 0) > 0:
+            tl.atomic_max(bad_key, 1)
     tile, token_scale = multiplicand(
         scaled, code, scale, token_scale, valid, ROWS, COLUMNS, FORMAT, KIND, True
     )
@@ -237,8 +229,12 @@ def _quantize_kernel(
     block, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     heads = tl.num_programs(1)
     start, count = token_range(ranges, batch, key_length)
-    base = key + batch.to(tl.int64) * stride_b + head.to(tl.int64) * stride_h
-    x, valid = _load_tokens(base, block * ROWS, start, count, stride_n, HEAD_DIM, ROWS, COLUMNS)
+    first = block * ROWS
+    valid = first + tl.arange(0, ROWS) < count
+    x = load_rows(
+        key, stride_b, stride_h, stride_n, batch, head, start + first, start + count,
+        HEAD_DIM, COLUMNS, ROWS, False,
+    ).to(tl.float32)  # fmt: skip
     if mean is not None:
         column = tl.arange(0, COLUMNS)
         mean_base = mean + (batch * heads + head) * HEAD_DIM
@@ -247,7 +243,7 @@ def _quantize_kernel(
         x = tl.where(valid[:, None], x - channel_mean[None, :], 0.0)
     if LOG2_ROTATION > 0:
         x = hadamard(x, ROWS, COLUMNS, LOG2_ROTATION, ROTATION_NORM)
-    row0 = (batch * heads + head).to(tl.int64) * rows + block * ROWS
+    row0 = (batch * heads + head).to(tl.int64) * rows + first
     bad_key = bad_keys + batch * heads + head
     if LOW_KIND != "raw":
         _store_operand(
@@ -256,7 +252,8 @@ def _quantize_kernel(
         )  # fmt: skip
     if HIGH_KIND != "raw":
         _store_operand(
-            x, valid, row0, high_elements, high_block_scales, high_scale, bad_key,
+            x, valid, row0, high_elements, high_block_scales, high_scale,
+            bad_key if LOW_KIND == "raw" else None,  # both operands see the same bad tokens
             HEAD_DIM, ROWS, COLUMNS, TILE, HIGH_FORMAT, HIGH_KIND, CEIL,
         )  # fmt: skip
 
@@ -326,13 +323,11 @@ def _empty_operand(format: str, kind: OperandKind, key: Tensor, rows: int) -> Ke
         return KeyOperand(format, "raw")
     batch, heads, _, head_dim = key.shape
     fmt = FORMATS[format]
-    dtype, width, block_scales = _ELEMENT_DTYPES.get(kind), head_dim, None
+    dtype, block_scales = _ELEMENT_DTYPES.get(kind), None
     if kind == "scaled":
-        assert fmt.block is not None
         e5m2 = fmt.element == "e5m2"
         dtype = torch.uint8 if fmt.packed else torch.float8_e5m2 if e5m2 else torch.float8_e4m3fn
-        width = head_dim // 2 if fmt.packed else head_dim
-        groups = triton.cdiv(padded_columns(head_dim) // fmt.block, 4)
+        groups = triton.cdiv(scale_count(format, kind, padded_columns(head_dim)), 4)
         shape = (batch, heads, rows // TILE, groups, 32, 4, 4)
         block_scales = key.new_empty(shape, dtype=torch.uint8)
     assert dtype is not None
@@ -341,5 +336,6 @@ def _empty_operand(format: str, kind: OperandKind, key: Tensor, rows: int) -> Ke
     if granularity != "none":
         scale_rows = rows // TILE if granularity == "tile" else rows
         scale = key.new_empty(batch, heads, scale_rows, dtype=torch.float32)
+    width = stored_width(format, kind, head_dim)
     elements = key.new_empty(batch, heads, rows, width, dtype=dtype)
     return KeyOperand(format, kind, elements, block_scales, scale)
