@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 from .formats import NONE, canonical_name
@@ -13,6 +17,9 @@ PVFormat = Literal["none", "fp8"]
 Backend = Literal["auto", "reference", "triton"]
 
 MIN_TILE = 16
+
+Overrides = tuple[tuple[str, Any], ...]
+"""Fields that one layer sets otherwise: (name, value) pairs, which hash."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +42,8 @@ class DMAConfig:
         scale_rule: how an E8M0 scale is chosen: "floor" (OCP MX v1.0) or "ceil" (nothing saturates).
         pv: format of the second product: "none" (16-bit) or "fp8" (E4M3, V scaled per channel).
         backend: "auto", "reference" (PyTorch, any device) or "triton".
+        layers: fields that single layers set otherwise, by layer index, as in
+            `layers={0: {"low": "mxfp8"}, 5: {"diagonal": 512}}`. See `for_layer`.
 
     Raises:
         ValueError: a field holds a value that is not accepted.
@@ -51,6 +60,7 @@ class DMAConfig:
     scale_rule: ScaleRule = "floor"
     pv: PVFormat = "none"
     backend: Backend = "auto"
+    layers: Mapping[int, Mapping[str, Any]] | tuple[tuple[int, Overrides], ...] = ()
 
     def __post_init__(self) -> None:
         # frozen: the canonical spelling is stored through object.__setattr__
@@ -76,6 +86,21 @@ class DMAConfig:
             value = getattr(self, name)
             if value not in choices:
                 raise ValueError(f"{name}={value!r} is not accepted; choose from {', '.join(choices)}")
+        layers = _frozen_layers(self.layers)
+        object.__setattr__(self, "layers", layers)
+        for index, overrides in layers:
+            try:
+                dataclasses.replace(self, layers=(), **dict(overrides))
+            except (ValueError, TypeError) as error:
+                raise type(error)(f"layers[{index}]: {error}") from None
+
+    def for_layer(self, index: int | None) -> DMAConfig:
+        """The setting of one layer: this one with the layer's own fields, and without `layers`.
+
+        Args:
+            index: the layer's index, as Transformers counts; None for a layer that has none.
+        """
+        return self if not self.layers else _of_layer(self, index)
 
     @property
     def diagonal_tiles(self) -> int:
@@ -103,11 +128,15 @@ class DMAConfig:
     def parse(cls, text: str) -> DMAConfig:
         """Read a setting from the command line: "paper", "low=mxfp4,diagonal=256", "paper,rotate=true".
 
-        A first part without "=" names the preset to start from; every other part sets a field.
+        A first part without "=" names the preset to start from; every other part sets a field. A text
+        that ends in ".json" is a file that `save` wrote.
 
         Raises:
-            ValueError: a part is not `field=value`, a field is unknown, or a value is not accepted.
+            ValueError: a part is not `field=value`, a field is unknown, a value is not accepted, or a
+                file cannot be read.
         """
+        if text.endswith(".json"):
+            return cls.load(text)
         preset_name = "paper"
         changes: dict[str, Any] = {}
         for position, part in enumerate(piece.strip() for piece in text.split(",")):
@@ -130,18 +159,71 @@ class DMAConfig:
         return dataclasses.replace(cls.preset(preset_name), **changes)
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as plain JSON values."""
-        return dataclasses.asdict(self)
+        """The fields as plain JSON values; `layers` only where there are any."""
+        fields = dataclasses.asdict(self)
+        del fields["layers"]
+        if self.layers:
+            layers = _frozen_layers(self.layers)
+            fields["layers"] = {str(index): dict(overrides) for index, overrides in layers}
+        return fields
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> DMAConfig:
         """The inverse of `to_dict`. Raises ValueError for a field that does not exist."""
-        unknown = sorted(set(fields) - set(_FIELD_PARSERS))
-        if unknown:
-            raise ValueError(
-                f"unknown DMAConfig field(s) {', '.join(unknown)}; choose from {', '.join(_FIELD_PARSERS)}"
-            )
+        _check_names(fields, {*_FIELD_PARSERS, "layers"})
         return cls(**fields)
+
+    def save(self, path: str | Path) -> None:
+        """Write the setting as JSON. Raises OSError where the file cannot be written."""
+        Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> DMAConfig:
+        """Read what `save` wrote. Raises ValueError, naming the file, where it is no such thing."""
+        try:
+            fields = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"config={str(path)!r} cannot be read: {error}") from None
+        if not isinstance(fields, dict):
+            raise ValueError(f"config={str(path)!r} holds no JSON object of DMAConfig fields")
+        try:
+            return cls.from_dict(fields)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"config={str(path)!r}: {error}") from None
+
+
+def _check_names(fields: Mapping[str, Any], accepted: set[str]) -> None:
+    unknown = sorted(set(fields) - accepted)
+    if unknown:
+        raise ValueError(
+            f"unknown DMAConfig field(s) {', '.join(unknown)}; choose from {', '.join(sorted(accepted))}"
+        )
+
+
+def _frozen_layers(layers: Any) -> tuple[tuple[int, Overrides], ...]:
+    """`layers` in the one form that hashes and compares, sorted by index. JSON has the indices as text."""
+    if not isinstance(layers, (Mapping, tuple)):
+        raise TypeError(f"layers={layers!r} must map layer indices to fields")
+    frozen = []
+    for key, overrides in dict(layers).items():
+        index = int(key) if isinstance(key, str) and key.isdecimal() else key
+        if isinstance(index, bool) or not isinstance(index, int) or index < 0:
+            raise ValueError(f"layers has the key {key!r}; accepted are layer indices from 0")
+        if not isinstance(overrides, (Mapping, tuple)):
+            raise TypeError(f"layers[{index}]={overrides!r} must map field names to values")
+        fields = dict(overrides)
+        _check_names(fields, set(_FIELD_PARSERS))
+        frozen.append((index, tuple(sorted(fields.items()))))
+    if len({index for index, _ in frozen}) < len(frozen):
+        raise ValueError("layers names the same layer twice")
+    return tuple(sorted(frozen))
+
+
+@lru_cache(maxsize=4096)
+def _of_layer(config: DMAConfig, index: int | None) -> DMAConfig:
+    # validated once, not once a layer and step
+    overrides = dict(_frozen_layers(config.layers)).get(-1 if index is None else index, ())
+    return dataclasses.replace(config, layers=(), **dict(overrides))
 
 
 def _parse_bool(text: str) -> bool:
@@ -165,7 +247,9 @@ _CHOICES: dict[str, tuple[str, ...]] = {
 }
 _PARSERS_BY_ANNOTATION: dict[str, Any] = {"int": _parse_int, "bool": _parse_bool}
 _FIELD_PARSERS: dict[str, Any] = {
-    field.name: _PARSERS_BY_ANNOTATION.get(str(field.type), str) for field in dataclasses.fields(DMAConfig)
+    field.name: _PARSERS_BY_ANNOTATION.get(str(field.type), str)
+    for field in dataclasses.fields(DMAConfig)
+    if field.name != "layers"  # too much for a command line: a file holds them
 }
 
 PRESETS: dict[str, DMAConfig] = {

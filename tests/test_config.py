@@ -151,3 +151,40 @@ def test_get_format():
         get_format("none")
     with pytest.raises(ValueError, match=r"format='fp6'"):
         get_format("fp6")
+
+
+def test_layers_set_fields_otherwise(tmp_path):
+    config = DMAConfig(low="mxfp4", layers={3: {"low": "none"}, 0: {"diagonal": 512, "low": "mxfp8_e4m3"}})
+    assert config.for_layer(1) == config.for_layer(None) == DMAConfig(low="mxfp4")
+    assert config.for_layer(3) == DMAConfig(low="none")
+    assert config.for_layer(0) == DMAConfig(low="mxfp8", diagonal=512)
+    assert hash(config) == hash(dataclasses.replace(config))
+    # a change of the whole reaches the layers that do not say otherwise
+    assert dataclasses.replace(config, sink=256).for_layer(3) == DMAConfig(low="none", sink=256)
+
+    config.save(tmp_path / "calibrated.json")
+    assert DMAConfig.load(tmp_path / "calibrated.json") == config
+    assert DMAConfig.parse(str(tmp_path / "calibrated.json")) == config
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        ({-1: {}}, "layers has the key -1"),
+        ({0: {"colour": 1}}, "colour"),
+        ({0: {"low": "fp5"}}, r"layers\[0\].*fp5"),
+        ({0: {"layers": {}}}, "layers"),
+        ({1: {}, "1": {}}, "twice"),
+    ],
+)
+def test_layers_are_checked(layers, message):
+    with pytest.raises(ValueError, match=message):
+        DMAConfig(layers=layers)
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"low": "fp5"}'])
+def test_a_file_that_holds_no_setting_is_named(tmp_path, text):
+    path = tmp_path / "wrong.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match="wrong.json"):
+        DMAConfig.load(path)
