@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from .config import DMAConfig
-from .masks import padding_ranges
+from .masks import has_holes, padding_ranges, query_ranges
+from .modifiers import NO_MODIFIERS, Modifiers
 from .policy import choose_backend
 from .quantization import INPUT_DTYPES
 from .reference import reference_attention
@@ -25,6 +26,11 @@ def diagonal_tiled_attention(
     config: DMAConfig | None = None,
     *,
     padding_mask: Tensor | None = None,
+    sequence_ids: Tensor | None = None,
+    sliding_window: int | None = None,
+    attn_mask: Tensor | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Diagonal-tiled mixed-precision attention (arXiv 2604.03950).
 
@@ -40,6 +46,15 @@ def diagonal_tiled_attention(
         config: formats and tiles; `DMAConfig()` when None.
         padding_mask: [B, N], non-zero where a key is a real token; padding on the left, the right or
             both. Tiles count from each row's first real token.
+        sequence_ids: integer [B, N] for M = N, never decreasing along a row: packed sequences. Tokens
+            see tokens with the same number. Tiles count from the row's first token, and the sink of a
+            query tile is the tile in which the sequence of its first query begins.
+        sliding_window: a query sees this many keys at most: its own and those before it; without
+            `causal`, as many behind it. Keys further away are not visited.
+        attn_mask: [B or 1, H or 1, M, N], bool (True: seen) or floating point (added to the scores), as
+            in `torch.nn.functional.scaled_dot_product_attention`. Tiles that no row sees are not visited.
+        softcap: scores become softcap * tanh(score / softcap).
+        sinks: [H], floating point: a score in each row's softmax that no value belongs to.
 
     Returns:
         [B, H, M, Dv] in the dtype of `query`. A query that sees no key gets zeros.
@@ -54,27 +69,77 @@ def diagonal_tiled_attention(
     if not isinstance(config, DMAConfig):
         raise TypeError(f"config={config!r} must be a DMAConfig")
     check_inputs(query, key, value)
-    key_ranges = None
-    if padding_mask is not None:
-        if not isinstance(padding_mask, Tensor):
-            raise TypeError(f"padding_mask is a {type(padding_mask).__name__}; accepted is a tensor")
-        if padding_mask.is_floating_point():
-            raise TypeError(
-                f"padding_mask has dtype {padding_mask.dtype}; accepted are bool and integers, non-zero for"
-                " real tokens (an additive mask would be read the wrong way round)"
-            )
-        if padding_mask.shape != (key.shape[0], key.shape[2]):
-            raise ValueError(
-                f"padding_mask has shape {list(padding_mask.shape)};"
-                f" accepted is [batch, key_length] = [{key.shape[0]}, {key.shape[2]}]"
-            )
-        key_ranges = padding_ranges(padding_mask.to(query.device))
     scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale
-    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
-        raise TypeError(f"scale={scale!r} must be a number")
-    if not (math.isfinite(scale) and scale > 0):
-        raise ValueError(f"scale={scale} must be finite and positive")
-    return attend(query, key, value, causal=causal, scale=float(scale), config=config, key_ranges=key_ranges)
+    for name, number in (("scale", scale), ("softcap", softcap)):
+        if number is None:
+            continue
+        if isinstance(number, bool) or not isinstance(number, (int, float)):
+            raise TypeError(f"{name}={number!r} must be a number")
+        if not (math.isfinite(number) and number > 0):
+            raise ValueError(f"{name}={number} must be finite and positive")
+    if sliding_window is not None and (isinstance(sliding_window, bool) or not isinstance(sliding_window, int)):
+        raise TypeError(f"sliding_window={sliding_window!r} must be an int (tokens)")
+    if sliding_window is not None and sliding_window < 1:
+        raise ValueError(f"sliding_window={sliding_window} must be at least 1 token")
+    check_modifiers(query, key, attn_mask, sinks)
+    ranges = None
+    if not (padding_mask is None and sequence_ids is None and sliding_window is None):
+        reach = None if sliding_window is None else sliding_window - causal
+        ranges = query_ranges(
+            query.shape[2],
+            key.shape[2],
+            causal=causal,
+            left=reach,
+            right=None if causal else reach,
+            key_ranges=_checked_padding(padding_mask, key),
+            sequence_ids=_checked_sequences(sequence_ids, query, key),
+            batch=query.shape[0],
+            device=query.device,
+        )
+    modifiers = Modifiers(ranges, attn_mask, None if softcap is None else float(softcap), sinks)
+    return attend(
+        query, key, value, causal=causal, scale=float(scale), config=config.for_layer(None), modifiers=modifiers
+    )
+
+
+def _checked_padding(padding_mask: Tensor | None, key: Tensor) -> Tensor | None:
+    if padding_mask is None:
+        return None
+    if not isinstance(padding_mask, Tensor):
+        raise TypeError(f"padding_mask is a {type(padding_mask).__name__}; accepted is a tensor")
+    if padding_mask.is_floating_point():
+        raise TypeError(
+            f"padding_mask has dtype {padding_mask.dtype}; accepted are bool and integers, non-zero for"
+            " real tokens (an additive mask would be read the wrong way round)"
+        )
+    if padding_mask.shape != (key.shape[0], key.shape[2]):
+        raise ValueError(
+            f"padding_mask has shape {list(padding_mask.shape)};"
+            f" accepted is [batch, key_length] = [{key.shape[0]}, {key.shape[2]}]"
+        )
+    padding_mask = padding_mask.to(key.device)
+    if has_holes(padding_mask):
+        raise NotImplementedError(
+            "padding_mask has padding between real tokens; accepted is padding on the left, on the right or"
+            " on both sides of a row: pass it as attn_mask instead"
+        )
+    return padding_ranges(padding_mask)
+
+
+def _checked_sequences(sequence_ids: Tensor | None, query: Tensor, key: Tensor) -> Tensor | None:
+    if sequence_ids is None:
+        return None
+    if not isinstance(sequence_ids, Tensor) or sequence_ids.is_floating_point():
+        raise TypeError("sequence_ids must be a tensor of integers")
+    accepted = (key.shape[0], key.shape[2])
+    if sequence_ids.shape != accepted or query.shape[2] != key.shape[2]:
+        raise ValueError(
+            f"sequence_ids has shape {list(sequence_ids.shape)} for {query.shape[2]} queries; accepted is"
+            f" [batch, key_length] = {list(accepted)} with as many queries as keys"
+        )
+    if bool((sequence_ids.diff(dim=1) < 0).any()):
+        raise ValueError("sequence_ids decreases along a row; accepted are sequences one after the other")
+    return sequence_ids.to(key.device)
 
 
 def attend(
@@ -85,13 +150,13 @@ def attend(
     causal: bool,
     scale: float,
     config: DMAConfig,
-    key_ranges: Tensor | None,
+    modifiers: Modifiers = NO_MODIFIERS,
 ) -> Tensor:
-    """`diagonal_tiled_attention` on input that is known to be good, padding given as key ranges."""
+    """`diagonal_tiled_attention` on input that is known to be good."""
     if torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value)):
-        out: Tensor = _ForwardOnly.apply(query, key, value, causal, scale, config, key_ranges)
+        out: Tensor = _ForwardOnly.apply(query, key, value, causal, scale, config, modifiers)
         return out
-    return _forward(query, key, value, causal, scale, config, key_ranges)
+    return _forward(query, key, value, causal, scale, config, modifiers)
 
 
 def _forward(
@@ -101,11 +166,11 @@ def _forward(
     causal: bool,
     scale: float,
     config: DMAConfig,
-    key_ranges: Tensor | None,
+    modifiers: Modifiers,
 ) -> Tensor:
     backend = choose_backend(config, query.device, query.shape[-1], value.shape[-1])
     run = triton_attention if backend == "triton" else reference_attention
-    return run(query, key, value, causal=causal, scale=scale, config=config, key_ranges=key_ranges)
+    return run(query, key, value, causal=causal, scale=scale, config=config, modifiers=modifiers)
 
 
 class _ForwardOnly(torch.autograd.Function):
@@ -154,3 +219,30 @@ def check_inputs(query: Tensor, key: Tensor, value: Tensor) -> None:
         raise ValueError(f"key has head_dim {key.shape[-1]}, query has {head_dim}; they must agree")
     if head_dim == 0 or value.shape[-1] == 0:
         raise ValueError(f"head_dim of query is {head_dim}, of value {value.shape[-1]}; at least 1 is needed")
+
+
+def check_modifiers(query: Tensor, key: Tensor, attn_mask: Tensor | None, sinks: Tensor | None) -> None:
+    """Refuse a mask or sinks that do not fit the inputs, as `check_inputs` does."""
+    if attn_mask is not None:
+        if not isinstance(attn_mask, Tensor):
+            raise TypeError(f"attn_mask is a {type(attn_mask).__name__}; accepted is a tensor")
+        if attn_mask.dtype != torch.bool and not attn_mask.is_floating_point():
+            raise TypeError(f"attn_mask has dtype {attn_mask.dtype}; accepted are bool and floating point")
+        batch, heads, query_length, _ = query.shape
+        shape = tuple(attn_mask.shape)
+        if len(shape) != 4 or shape[0] not in (1, batch) or shape[1] not in (1, heads) or (
+            shape[2:] != (query_length, key.shape[2])
+        ):  # fmt: skip
+            raise ValueError(
+                f"attn_mask has shape {list(shape)}; accepted is [batch or 1, heads or 1, query_length,"
+                f" key_length] = [{batch} or 1, {heads} or 1, {query_length}, {key.shape[2]}]"
+            )
+        if attn_mask.device != query.device:
+            raise ValueError(f"attn_mask is on {attn_mask.device}, query on {query.device}; they must agree")
+    if sinks is not None:
+        if not isinstance(sinks, Tensor) or not sinks.is_floating_point():
+            raise TypeError("sinks must be a tensor of floating-point numbers")
+        if sinks.shape != (query.shape[1],):
+            raise ValueError(f"sinks has shape {list(sinks.shape)}; accepted is [heads] = [{query.shape[1]}]")
+        if sinks.device != query.device:
+            raise ValueError(f"sinks is on {sinks.device}, query on {query.device}; they must agree")

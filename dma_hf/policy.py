@@ -61,6 +61,34 @@ class DMAFallbackWarning(UserWarning):
     """
 
 
+@torch.compiler.assume_constant_result
+@lru_cache(maxsize=1024)
+def warn_fallback(message: str) -> None:
+    """Warn of a fallback, once for each message."""
+    warnings.warn(message, DMAFallbackWarning, stacklevel=4)
+
+
+def why_sdpa(
+    head_dim: int, value_dim: int, device: torch.device, dropout: float, paged: bool
+) -> str | None:
+    """Why SDPA must serve a layer's call instead of dma; None where dma serves it."""
+    if dropout:
+        return f"attention dropout (dropout={dropout}), which only training uses; model.eval() turns it off"
+    if paged:
+        return "the paged cache of continuous batching"
+    if device.type == "cuda":
+        # the reference would do it, too slowly for a model
+        return _why_not_head_dim(head_dim, value_dim)
+    return None
+
+
+def _why_not_head_dim(head_dim: int, value_dim: int) -> str | None:
+    for name, size in (("head_dim", head_dim), ("head_dim of value", value_dim)):
+        if not MIN_HEAD_DIM <= size <= MAX_HEAD_DIM or size % 8:
+            return f"{name}={size} is no multiple of 8 from {MIN_HEAD_DIM} to {MAX_HEAD_DIM}"
+    return None
+
+
 def choose_backend(config: DMAConfig, device: torch.device, head_dim: int, value_dim: int) -> str:
     """The backend for one call: "reference" or "triton".
 
@@ -80,7 +108,7 @@ def choose_backend(config: DMAConfig, device: torch.device, head_dim: int, value
     if device.type != "cuda":
         return "reference"
     if why_not is not None:
-        warnings.warn(f"dma runs on the PyTorch reference: {why_not}", DMAFallbackWarning, stacklevel=2)
+        warn_fallback(f"dma runs on the PyTorch reference: {why_not}")
         return "reference"
     _announce_untested(device_capability(device))
     return "triton"
@@ -89,9 +117,9 @@ def choose_backend(config: DMAConfig, device: torch.device, head_dim: int, value
 def _why_not_triton(config: DMAConfig, device: torch.device, head_dim: int, value_dim: int) -> str | None:
     if device.type != "cuda" and not (device.type == "cpu" and interpreting()):
         return f"the kernels need a CUDA device, not {device.type} (or TRITON_INTERPRET=1)"
-    for name, size in (("head_dim", head_dim), ("head_dim of value", value_dim)):
-        if not MIN_HEAD_DIM <= size <= MAX_HEAD_DIM or size % 8:
-            return f"{name}={size} is no multiple of 8 from {MIN_HEAD_DIM} to {MAX_HEAD_DIM}"
+    head_dim_reason = _why_not_head_dim(head_dim, value_dim)
+    if head_dim_reason is not None:
+        return head_dim_reason
     if config.pv != "none":
         return f"pv={config.pv!r} has no kernel yet"
     if device.type == "cuda" and device_capability(device) < MIN_CAPABILITY:

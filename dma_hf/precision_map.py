@@ -23,21 +23,26 @@ class Span(NamedTuple):
     high: bool
 
 
-def is_high(query_tile: int, key_tile: int, config: DMAConfig, causal: bool) -> bool:
-    """Whether tile (query_tile, key_tile) is computed in the high format."""
+def is_high(query_tile: int, key_tile: int, config: DMAConfig, causal: bool, sink_tile: int = 0) -> bool:
+    """Whether tile (query_tile, key_tile) is computed in the high format.
+
+    sink_tile: the tile in which the sequence of the query tile's first query begins (packed sequences).
+    """
     distance = query_tile - key_tile
     near = distance < config.diagonal_tiles if causal else abs(distance) < config.diagonal_tiles
-    return key_tile < config.sink_tiles or near
+    return 0 <= key_tile - sink_tile < config.sink_tiles or near
 
 
-def precision_spans(query_tile: int, key_count: int, config: DMAConfig, causal: bool) -> Iterator[Span]:
+def precision_spans(
+    query_tile: int, key_count: int, config: DMAConfig, causal: bool, sink_tile: int = 0
+) -> Iterator[Span]:
     """The keys [0, key_count) seen by `query_tile`, as the fewest spans of one precision each."""
     tiles = -(-key_count // config.tile)
     start = 0
     while start < tiles:
-        high = is_high(query_tile, start, config, causal)
+        high = is_high(query_tile, start, config, causal, sink_tile)
         stop = start + 1
-        while stop < tiles and is_high(query_tile, stop, config, causal) == high:
+        while stop < tiles and is_high(query_tile, stop, config, causal, sink_tile) == high:
             stop += 1
         yield Span(start * config.tile, min(stop * config.tile, key_count), high)
         start = stop

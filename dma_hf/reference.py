@@ -7,7 +7,7 @@ rounded to V's dtype, as on a tensor core, while their sum is not.
 
 from __future__ import annotations
 
-import math
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -15,12 +15,13 @@ from torch import Tensor
 
 from .config import DMAConfig
 from .formats import NONE
+from .masks import POSITION, SEQUENCE, START, STOP
+from .modifiers import LOG2_E, NO_MODIFIERS, Modifiers, additive_mask
 from .precision_map import precision_spans
 from .quantization import quantize
 from .rounding import encode_e4m3
 from .transforms import key_mean, rotate
 
-LOG2_E = math.log2(math.e)
 # E4M3 holds 448; a probability in [0, 1] times 2^8 uses its range without ever saturating
 FP8_PROBABILITY_SCALE = 256.0
 
@@ -46,17 +47,19 @@ def reference_attention(
     causal: bool,
     scale: float,
     config: DMAConfig,
-    key_ranges: Tensor | None = None,
+    modifiers: Modifiers = NO_MODIFIERS,
 ) -> Tensor:
     """Diagonal-tiled mixed-precision attention, literally.
 
     Args:
         query: [B, H, M, D]; key: [B, Hkv, N, D]; value: [B, Hkv, N, Dv], H a multiple of Hkv.
-        causal: query i, at position i + N - M, sees keys up to its position.
+        causal: query i, at position i + N - M, sees keys up to its position. Query ranges, where there
+            are any, say it instead.
         scale: multiplies QK^T.
         config: formats and tiles.
-        key_ranges: integer [B, 2]: row b's keys are tokens [start, stop), all others are padding.
-            Positions, and with them the tiles, count from `start`.
+        modifiers: masks, soft-capping, sinks. Query ranges also say where positions, and with them the
+            tiles, count from: the first query's sequence. The sink of a query tile is where the sequence
+            of its first query begins.
 
     Returns:
         [B, H, M, Dv] in the dtype of `query`. Rows that see no key are zeros, as in SDPA.
@@ -66,34 +69,69 @@ def reference_attention(
     # under autocast the matrix products would silently run in 16 bits
     with torch.autocast(query.device.type, enabled=False):
         grouped = query.unflatten(1, (kv_heads, heads // kv_heads))
+        modifiers = _by_group(modifiers, kv_heads)
         offset = key_length - query_length
-        if key_ranges is None:
-            out = _attend(grouped, key, value, offset, causal, scale, config)
+        if modifiers.query_ranges is None or query_length == 0:
+            out = _attend(grouped, key, value, offset, causal, scale, config, modifiers)
         else:
-            # a padded row is the attention of its own tokens: slice them out, one sequence at a time
+            # rows start at different tokens: one at a time, from the first token that it sees
             rows = []
-            for b, (start, stop) in enumerate(key_ranges.tolist()):
+            for b, ranges in enumerate(modifiers.query_ranges):
                 one = slice(b, b + 1)
-                keys = (one, slice(None), slice(start, stop))
+                first, stop = int(ranges[0, SEQUENCE]), int(ranges[-1, STOP])
+                tokens = slice(first, max(stop, first))
+                mask = modifiers.mask
+                if mask is not None:
+                    mask = mask[one if len(mask) > 1 else slice(None), ..., tokens]
+                row = replace(modifiers, query_ranges=ranges - first, mask=mask)
+                offset = int(ranges[0, POSITION]) - first
+                keys = (one, slice(None), tokens)
                 rows.append(
-                    _attend(grouped[one], key[keys], value[keys], offset - start, causal, scale, config)
+                    _attend(grouped[one], key[keys], value[keys], offset, causal, scale, config, row)
                 )
             out = torch.cat(rows)
     return out.reshape(batch, heads, query_length, value.shape[-1]).to(query.dtype)
 
 
+def _by_group(modifiers: Modifiers, kv_heads: int) -> Modifiers:
+    """The modifiers with heads as [Hkv, G], in the units of the scores: log2."""
+    mask, sinks = modifiers.mask, modifiers.sinks
+    if mask is not None:
+        mask = additive_mask(mask)
+        mask = mask.unsqueeze(1) if mask.shape[1] == 1 else mask.unflatten(1, (kv_heads, -1))
+    if sinks is not None:
+        sinks = sinks.float().mul(LOG2_E).view(kv_heads, -1, 1, 1)
+    return replace(modifiers, mask=mask, sinks=sinks)
+
+
 def _attend(
-    query: Tensor, key: Tensor, value: Tensor, offset: int, causal: bool, scale: float, config: DMAConfig
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    offset: int,
+    causal: bool,
+    scale: float,
+    config: DMAConfig,
+    modifiers: Modifiers,
 ) -> Tensor:
-    """Attention of queries [B, Hkv, G, M, D] at positions offset ... offset + M - 1; float32."""
+    """Attention of queries [B, Hkv, G, M, D] at positions offset ... offset + M - 1; float32.
+
+    Of the modifiers, query_ranges is [M, 4] (for B = 1), mask [B or 1, Hkv or 1, G or 1, M, N] and sinks
+    [Hkv, G, 1, 1], both in units of log2.
+    """
+    ranges = modifiers.query_ranges
     query_length, key_length = query.shape[-2], key.shape[-2]
     # the factor log2(e) lets softmax use exp2
     query = query.float() * (scale * LOG2_E)
     key = key.float()
     exact = _Operands(query, key)
+    shift: Tensor | float = 0.0
     if config.quantizes and key_length:
         if config.smooth_k:
-            key = key - key_mean(key)
+            mean = key_mean(key)
+            key = key - mean
+            if modifiers.absolute_scores:
+                shift = (query * mean.unsqueeze(2)).sum(-1, keepdim=True)
         if config.rotate:
             query, key = rotate(query), rotate(key)
     low = _quantized(query, key, config.low, config)
@@ -118,31 +156,50 @@ def _attend(
         tile = (first + offset) // config.tile
         rows = slice(first, min((tile + 1) * config.tile - offset, query_length))
         first = rows.stop
-        visible = min(key_length, max(rows.stop + offset, 0)) if causal else key_length
-        if visible == 0:
+        visible = min(key_length, max(rows.stop + offset, 0)) if causal and ranges is None else key_length
+        sink_tile = 0
+        if ranges is not None:
+            visible = min(visible, int(ranges[rows, STOP].amax()))
+            sink_tile = int(ranges[rows.start, SEQUENCE]) // config.tile
+        if visible <= 0:
             continue
         scores = torch.cat(
             [
                 (high if span.high else low).scores(rows, slice(span.start, span.stop))
-                for span in precision_spans(tile, visible, config, causal)
+                for span in precision_spans(tile, visible, config, causal and ranges is None, sink_tile)
             ],
             dim=-1,
         )
+        if isinstance(shift, Tensor):
+            scores = scores + shift[..., rows, :]  # what smoothing took away
         if any_bad:
             # no format holds NaN and Inf as float32 does: tokens that have them keep exact scores
             bad = bad_query[..., rows].unsqueeze(-1) | bad_key[..., None, None, :visible]
             scores = torch.where(bad, exact.scores(rows, slice(0, visible)), scores)
-        if causal:
+        if modifiers.softcap is not None:
+            cap = modifiers.softcap * LOG2_E
+            scores = cap * torch.tanh(scores / cap)
+        if modifiers.mask is not None:
+            scores = scores + modifiers.mask[..., rows, :visible]
+        keys = torch.arange(visible, device=query.device)
+        if ranges is not None:
+            seen = (keys >= ranges[rows, START, None]) & (keys < ranges[rows, STOP, None])
+            scores = scores.masked_fill(~seen, -torch.inf)
+        elif causal:
             positions = torch.arange(rows.start, rows.stop, device=query.device) + offset
-            future = torch.arange(visible, device=query.device) > positions[:, None]
-            scores = scores.masked_fill(future, -torch.inf)
+            scores = scores.masked_fill(keys > positions[:, None], -torch.inf)
         # Whole powers of two, so that shifting the probabilities by a maximum is exact: their rounding
         # to 16 or 8 bits is then the same for a final and for a running maximum.
-        row_max = scores.amax(dim=-1, keepdim=True).ceil()
+        row_max = scores.amax(dim=-1, keepdim=True)
+        if modifiers.sinks is not None:
+            row_max = row_max.maximum(modifiers.sinks)
+        row_max = row_max.ceil()
         # a row with nothing but -inf must not become -inf - -inf = NaN
         row_max = torch.where(row_max == -torch.inf, 0.0, row_max)
         probabilities = torch.exp2(scores - row_max)
         row_sum = probabilities.sum(dim=-1, keepdim=True)
+        if modifiers.sinks is not None:
+            row_sum = row_sum + torch.exp2(modifiers.sinks - row_max)
         if config.pv == "fp8":
             probabilities = encode_e4m3(probabilities * FP8_PROBABILITY_SCALE).float()
         else:

@@ -8,6 +8,8 @@ from torch import Tensor
 from .config import DMAConfig
 from .kernels.attention import attend_quantized
 from .kernels.quantize import quantize_key
+from .masks import key_ranges_of
+from .modifiers import NO_MODIFIERS, Modifiers
 from .plan import plan_call
 
 
@@ -19,7 +21,7 @@ def triton_attention(
     causal: bool,
     scale: float,
     config: DMAConfig,
-    key_ranges: Tensor | None = None,
+    modifiers: Modifiers = NO_MODIFIERS,
 ) -> Tensor:
     """Diagonal-tiled mixed-precision attention on the Triton kernels.
 
@@ -35,7 +37,8 @@ def triton_attention(
                 f"{name} has strides {list(tensor.stride())}; accepted is a contiguous last dimension"
             )
     out: Tensor = _attention_op(
-        query, key, value, key_ranges, causal, scale, config.low, config.high, config.diagonal,
+        query, key, value, modifiers.query_ranges, modifiers.mask, modifiers.sinks, modifiers.softcap,
+        causal, scale, config.low, config.high, config.diagonal,
         config.sink, config.tile, config.smooth_k, config.rotate, config.scale_rule,
     )  # fmt: skip
     return out
@@ -46,7 +49,10 @@ def _attention_op(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    key_ranges: Tensor | None,
+    query_ranges: Tensor | None,
+    mask: Tensor | None,
+    sinks: Tensor | None,
+    softcap: float | None,
     causal: bool,
     scale: float,
     low: str,
@@ -63,10 +69,11 @@ def _attention_op(
     if query.numel() == 0 or key.shape[2] == 0:
         return _empty_out(query, value).zero_()
     plan = plan_call(query, value, config)
+    key_ranges = None if query_ranges is None else key_ranges_of(query_ranges)
     quantized = quantize_key(key, config, plan.low_kind, plan.high_kind, key_ranges)
     return attend_quantized(
-        query, key, value, quantized,
-        causal=causal, scale=scale, config=config, plan=plan, key_ranges=key_ranges,
+        query, key, value, quantized, causal=causal, scale=scale, config=config, plan=plan,
+        modifiers=Modifiers(query_ranges, mask, softcap, sinks), key_ranges=key_ranges,
     )  # fmt: skip
 
 

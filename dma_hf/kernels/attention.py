@@ -8,6 +8,7 @@ tile, and block sizes never show in the result.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 import triton
@@ -16,11 +17,13 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..config import DMAConfig
+from ..modifiers import LOG2_E, NO_MODIFIERS, Modifiers
 from ..plan import Plan
 from ..transforms import hadamard_size
 from .encoding import hadamard
 from .interpreter import dot, narrow
 from .loading import load_rows, token_range
+from .mask_tiles import visited_tiles
 from .nonfinite import spoiled_rows
 from .operands import (
     element_of,
@@ -34,8 +37,7 @@ from .operands import (
 )
 from .quantize import TILE as SCALE_TILE
 from .quantize import KeyOperand, QuantizedKey
-
-LOG2_E = math.log2(math.e)
+from .visibility import add_mask, mask_pointers, rows_and_limits, soft_cap
 
 # Triton 3.6 fails to compile a `tl.dot_scaled` for sm_100 that starts from constant zeros
 NEEDS_START = tl.constexpr(tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 9))
@@ -76,8 +78,8 @@ def _as_scale_type(scales, FORMAT: tl.constexpr):
 def _query_operand(
     query, mean, scale_log2e, scratch, scratch_offsets, scratch_mask, raw_dtype: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, FORMAT: tl.constexpr, KIND: tl.constexpr, CEIL: tl.constexpr,
-    SMOOTH: tl.constexpr, LOG2_ROTATION: tl.constexpr, ROTATION_NORM: tl.constexpr,
-    VIA_MEMORY: tl.constexpr,
+    SMOOTH: tl.constexpr, ABSOLUTE: tl.constexpr, LOG2_ROTATION: tl.constexpr,
+    ROTATION_NORM: tl.constexpr, VIA_MEMORY: tl.constexpr,
 ):  # fmt: skip
     """The query operand of one precision from `query` [ROWS, COLUMNS] float32.
 
@@ -90,12 +92,14 @@ def _query_operand(
     if KIND == "raw":
         factor = tl.zeros((ROWS,), tl.float32) + scale_log2e
         operand = query.to(raw_dtype)  # exact: it was loaded from that type
-        if SMOOTH:
+        if SMOOTH and not ABSOLUTE:
             # the other precision multiplies K - mean: give these tiles the same shift, which costs one
             # number a row, instead of rounding K - mean to 16 bits
             offset = tl.sum(query * mean[None, :], 1) * scale_log2e
     else:
         x = query * scale_log2e
+        if SMOOTH and ABSOLUTE:
+            offset = -tl.sum(x * mean[None, :], 1)  # puts back what smoothing took away
         if LOG2_ROTATION > 0:
             x = hadamard(x, ROWS, COLUMNS, LOG2_ROTATION, ROTATION_NORM)
         scaled, code, scale, token_scale = quantize_rows(x, ROWS, COLUMNS, FORMAT, CEIL)
@@ -149,24 +153,35 @@ def _products(
 @triton.jit
 def _walk(
     accumulator, row_max, row_sum,  # the online softmax's state
-    query, query_scales, factor, offset, positions,
+    query, query_scales, factor, offset, rows_seen, mask_rows, mask_n, tiles, softcap,
     key, key_block_scales, key_scale, value,
     key_strides, value_strides, batch, kv_head, key_row0, scale_row0, first_token, count,
     start_a, stop_a, start_b, stop_b,
     FORMAT: tl.constexpr, KIND: tl.constexpr, KEY_WIDTH: tl.constexpr, KEY_COLUMNS: tl.constexpr,
     SCALE_COUNT: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_COLUMNS: tl.constexpr,
-    BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, MASK: tl.constexpr, OFFSET: tl.constexpr,
-    SCALE_TILE: tl.constexpr, KEY_TMA: tl.constexpr, SCALE_TMA: tl.constexpr, VALUE_TMA: tl.constexpr,
-    STAGES: tl.constexpr,
-    REPAIR: tl.constexpr,
+    BLOCK_N: tl.constexpr, SEEN: tl.constexpr, OFFSET: tl.constexpr, MASK: tl.constexpr,
+    SOFTCAP: tl.constexpr, SCALE_TILE: tl.constexpr, KEY_TMA: tl.constexpr, SCALE_TMA: tl.constexpr,
+    VALUE_TMA: tl.constexpr, STAGES: tl.constexpr, REPAIR: tl.constexpr,
 ):  # fmt: skip
-    """Online softmax over the keys [start_a, stop_a) and [start_b, stop_b), all of one precision."""
+    """Online softmax over the keys [start_a, stop_a) and [start_b, stop_b), all of one precision.
+
+    With `tiles`, over the blocks of keys that are listed there instead.
+    """
+    row_start, row_stop, full_start, full_stop = rows_seen
     blocks_a = tl.cdiv(tl.maximum(stop_a - start_a, 0), BLOCK_N)
     blocks_b = tl.cdiv(tl.maximum(stop_b - start_b, 0), BLOCK_N)
+    if tiles is not None:
+        blocks_a = tl.load(tiles)
+        blocks_b = 0
     GRANULARITY: tl.constexpr = scale_granularity(FORMAT, KIND) if KIND != "raw" else "none"
     # two ranges in one loop: one copy of the code, and no pipeline drained between them
     for block in tl.range(0, blocks_a + blocks_b, num_stages=STAGES):
-        first = tl.where(block < blocks_a, start_a + block * BLOCK_N, start_b + (block - blocks_a) * BLOCK_N)
+        if tiles is not None:
+            first = tl.load(tiles + 1 + block) * BLOCK_N
+        else:
+            first = tl.where(
+                block < blocks_a, start_a + block * BLOCK_N, start_b + (block - blocks_a) * BLOCK_N
+            )
         k = load_rows(
             key, key_strides[0], key_strides[1], key_strides[2], batch, kv_head, key_row0 + first,
             key_row0 + count, KEY_WIDTH, KEY_COLUMNS, BLOCK_N, KEY_TMA,
@@ -191,31 +206,49 @@ def _walk(
             row_factor = (factor + 0.0 * row_sum) * tile_scale
         elif GRANULARITY == "token":
             scores = scores * tl.load(key_scale + scale_row0 + first + tl.arange(0, BLOCK_N))[None, :]
-        if MASK:
-            columns = first + tl.arange(0, BLOCK_N)
-            visible = (columns < count)[None, :]
-            if CAUSAL:
-                visible = visible & (columns[None, :] <= positions[:, None])
-            scores = tl.where(visible, scores, float("-inf"))
+        columns = first + tl.arange(0, BLOCK_N)
+        if SOFTCAP or MASK == "add":
+            # what is not linear in the products, or added to them, needs them as scores
+            scores = scores * row_factor[:, None]
+            if OFFSET:
+                scores -= offset[:, None]
+            if SOFTCAP:
+                scores = soft_cap(scores, softcap)
+        if MASK != "none":
+            scores = add_mask(scores, mask_rows, mask_n, first_token, columns, count, MASK)
+        if SEEN == "all_rows":
+            scores = tl.where(columns[None, :] < count, scores, float("-inf"))
+        elif SEEN == "causal":
+            scores = tl.where(columns[None, :] < row_stop[:, None], scores, float("-inf"))
+        elif SEEN == "ranges":
+            # most tiles of a long range are seen by every row: comparing all of their elements cost more
+            if (first < full_start) | (first + BLOCK_N > full_stop):
+                seen = (columns[None, :] >= row_start[:, None]) & (columns[None, :] < row_stop[:, None])
+                scores = tl.where(seen, scores, float("-inf"))
 
         if REPAIR:
             # a key with a NaN or Inf is left out; the rows it spoils are known (see nonfinite.py)
             scores = tl.where(scores != scores, float("-inf"), scores)
 
         # the factor is positive, so it commutes with the maximum and joins the subtraction as one FMA
-        block_max = tl.max(scores, 1) * row_factor
-        if OFFSET:
-            block_max -= offset
+        block_max = tl.max(scores, 1)
+        if not (SOFTCAP or MASK == "add"):
+            block_max = block_max * row_factor
+            if OFFSET:
+                block_max -= offset
         # Rounded up to a whole power of two: every correction is then exact, and the rounding of the
         # probabilities does not depend on which maximum was running (the reference does the same).
         new_max = tl.maximum(row_max, tl.ceil(block_max))
         shift = new_max
-        if MASK:
+        if SEEN != "all" or MASK != "none":
             shift = tl.where(new_max == float("-inf"), 0.0, new_max)  # a row that has seen no key yet
         correction = tl.exp2(row_max - shift)
-        if OFFSET:
-            shift += offset
-        probabilities = tl.exp2(scores * row_factor[:, None] - shift[:, None])
+        if SOFTCAP or MASK == "add":
+            probabilities = tl.exp2(scores - shift[:, None])
+        else:
+            if OFFSET:
+                shift += offset
+            probabilities = tl.exp2(scores * row_factor[:, None] - shift[:, None])
         row_sum = row_sum * correction + tl.sum(probabilities, 1)
         accumulator = accumulator * correction[:, None]
         v = load_rows(
@@ -230,16 +263,19 @@ def _walk(
 # lengths vary from call to call: a kernel for each divisibility, or for length 1, would be compiled in vain
 @triton.jit(do_not_specialize=["query_length", "key_length"])
 def _attention_kernel(
-    query, low_value, high_value, out, scratch, ranges, mean, bad_keys, key,
+    query, low_value, high_value, out, scratch, key_ranges, query_ranges, mask, low_tiles, high_tiles, sinks,
+    mean, bad_keys, key,
     low_key, low_block_scales, low_scale, high_key, high_block_scales, high_scale,
-    query_length, key_length, scale_log2e, key_rows,
+    query_length, key_length, scale_log2e, softcap, key_rows, mask_b, mask_h, mask_m, mask_n,
+    tiles_b, tiles_h, low_tiles_m, high_tiles_m,
     query_b, query_h, query_n, value_b, value_h, value_n, out_b, out_h, out_n,
     scratch_b, scratch_h, scratch_n, key_b, key_h, key_n, low_b, low_h, low_n, high_b, high_h, high_n,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, COLUMNS: tl.constexpr, VALUE_DIM: tl.constexpr,
     VALUE_COLUMNS: tl.constexpr, CAUSAL: tl.constexpr, LOW_FORMAT: tl.constexpr, LOW_KIND: tl.constexpr,
     HIGH_FORMAT: tl.constexpr, HIGH_KIND: tl.constexpr, CEIL: tl.constexpr, SMOOTH: tl.constexpr,
     LOG2_ROTATION: tl.constexpr, ROTATION_NORM: tl.constexpr, PRECISION_TILE: tl.constexpr,
-    DIAGONAL: tl.constexpr, SINK: tl.constexpr, MASK_LOW: tl.constexpr, SCALE_TILE: tl.constexpr,
+    DIAGONAL: tl.constexpr, SINK: tl.constexpr, SEEN_LOW: tl.constexpr, SEEN_HIGH: tl.constexpr,
+    MASK: tl.constexpr, SOFTCAP: tl.constexpr, SCALE_TILE: tl.constexpr,
     LOW_TMA: tl.constexpr, HIGH_TMA: tl.constexpr, VALUE_TMA: tl.constexpr,
     LOW_SCALE_TMA: tl.constexpr, HIGH_SCALE_TMA: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, HIGH_STAGES: tl.constexpr,
@@ -255,10 +291,13 @@ def _attention_kernel(
         has_bad_keys = tl.load(bad_keys + batch * kv_heads + kv_head) > 0
         if has_bad_keys != REPAIR:
             return
-    first_token, count = token_range(ranges, batch, key_length)
+    first_token, count = token_range(key_ranges, batch, key_length)
 
-    # positions count from the sequence's first real token; & -BLOCK_M rounds down, negatives too
+    # positions count from the row's first real token; & -BLOCK_M rounds down, negatives too
     query_offset = key_length - query_length - first_token
+    if query_ranges is not None:
+        query_ranges += batch.to(tl.int64) * query_length * 4
+        query_offset = tl.load(query_ranges + 3) - first_token
     position0 = (query_offset & -BLOCK_M) + block_m * BLOCK_M
     positions = position0 + tl.arange(0, BLOCK_M)
     rows = positions - query_offset
@@ -280,19 +319,43 @@ def _attention_kernel(
 
     # the regions of this block's row of precision tiles, in tokens (design: sink, then low, then diagonal)
     tile0 = position0 & -PRECISION_TILE
-    limit = tl.minimum(count, position0 + BLOCK_M) if CAUSAL else count
+    row_start, row_stop, first_seen, limit, full_start, full_stop = rows_and_limits(
+        query_ranges, rows, real_row, positions, position0, first_token, count, BLOCK_M, CAUSAL
+    )
+    rows_seen = (row_start, row_stop, full_start, full_stop)
+    sink_start = 0
+    if query_ranges is not None:
+        # the sink is where the sequence of the tile's first query begins
+        tile_row = tl.minimum(tl.maximum(tile0 - query_offset, 0), query_length - 1)
+        sequence = tl.load(query_ranges + tile_row.to(tl.int64) * 4 + 2) - first_token
+        sink_start = tl.maximum(sequence, 0) & -PRECISION_TILE
+    sink_stop = sink_start + SINK
     diagonal_start = limit
     diagonal_stop = limit
     low_resume = limit
     if DIAGONAL > 0:
-        diagonal_start = tl.maximum(tile0 + PRECISION_TILE - DIAGONAL, SINK)
-        if not CAUSAL:
+        diagonal_start = tl.maximum(tile0 + PRECISION_TILE - DIAGONAL, sink_stop)
+        if query_ranges is not None or not CAUSAL:
             diagonal_stop = tl.minimum(tile0 + DIAGONAL, limit)
-            low_resume = tl.maximum(diagonal_stop, SINK)
+            low_resume = tl.maximum(diagonal_stop, sink_stop)
+    # blocks before the first key that any row sees are not visited
+    high_first = first_seen & -HIGH_BLOCK_N
+    low_first = first_seen & -BLOCK_N
+    mask_rows = mask_pointers(mask, mask_b, mask_h, mask_m, batch, head, rows, real_row, MASK)
+    if low_tiles is not None:
+        row_of_tiles = batch.to(tl.int64) * tiles_b + head.to(tl.int64) * tiles_h
+        low_tiles += (row_of_tiles + block_m) * low_tiles_m
+        high_tiles += (row_of_tiles + block_m) * high_tiles_m
 
     accumulator = tl.zeros((BLOCK_M, VALUE_COLUMNS), tl.float32)
     row_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     row_sum = tl.zeros((BLOCK_M,), tl.float32)
+    ABSOLUTE: tl.constexpr = SOFTCAP or sinks is not None
+    if sinks is not None:
+        # a score that no value belongs to: the state of a softmax that has seen it already
+        sink_score = tl.load(sinks + head).to(tl.float32) * 1.4426950408889634
+        row_max = tl.zeros_like(row_sum) + tl.ceil(sink_score)
+        row_sum += tl.exp2(sink_score - tl.ceil(sink_score))
     value_strides = (value_b, value_h, value_n)
     scale_row0 = (batch * kv_heads + kv_head).to(tl.int64) * key_rows
 
@@ -302,35 +365,39 @@ def _attention_kernel(
     q = tl.load(query_pointers, mask=query_mask, other=0.0).to(tl.float32)
     operand, operand_scales, factor, offset = _query_operand(
         q, channel_mean, scale_log2e, scratch_base, scratch_offsets, query_mask, raw_dtype,
-        BLOCK_M, COLUMNS, HIGH_FORMAT, HIGH_KIND, CEIL, SMOOTH, LOG2_ROTATION, ROTATION_NORM, VIA_MEMORY,
+        BLOCK_M, COLUMNS, HIGH_FORMAT, HIGH_KIND, CEIL, SMOOTH, ABSOLUTE, LOG2_ROTATION, ROTATION_NORM,
+        VIA_MEMORY,
     )  # fmt: skip
     accumulator, row_max, row_sum = _walk(
-        accumulator, row_max, row_sum, operand, operand_scales, factor, offset, positions,
-        high_key, high_block_scales, high_scale, high_value, (high_b, high_h, high_n), value_strides,
+        accumulator, row_max, row_sum, operand, operand_scales, factor, offset, rows_seen, mask_rows, mask_n,
+        high_tiles, softcap, high_key, high_block_scales, high_scale, high_value, (high_b, high_h, high_n), value_strides,
         batch, kv_head, first_token if HIGH_KIND == "raw" else 0, scale_row0, first_token, count,
-        0, tl.minimum(SINK, limit), diagonal_start, diagonal_stop,
+        tl.maximum(sink_start, high_first), tl.minimum(sink_stop, limit),
+        tl.maximum(diagonal_start, high_first), diagonal_stop,
         HIGH_FORMAT, HIGH_KIND, stored_width(HIGH_FORMAT, HIGH_KIND, HEAD_DIM),
         stored_width(HIGH_FORMAT, HIGH_KIND, COLUMNS),
         scale_count(HIGH_FORMAT, HIGH_KIND, COLUMNS), VALUE_DIM, VALUE_COLUMNS,
-        HIGH_BLOCK_N, CAUSAL, True, SMOOTH and HIGH_KIND == "raw", SCALE_TILE, HIGH_TMA, HIGH_SCALE_TMA,
-        VALUE_TMA, HIGH_STAGES, REPAIR,
+        HIGH_BLOCK_N, SEEN_HIGH, SMOOTH and (HIGH_KIND == "raw") != ABSOLUTE, MASK, SOFTCAP, SCALE_TILE,
+        HIGH_TMA, HIGH_SCALE_TMA, VALUE_TMA, HIGH_STAGES, REPAIR,
     )  # fmt: skip
 
     q = tl.load(query_pointers, mask=query_mask, other=0.0).to(tl.float32)
     operand, operand_scales, factor, offset = _query_operand(
         q, channel_mean, scale_log2e, scratch_base, scratch_offsets, query_mask, raw_dtype,
-        BLOCK_M, COLUMNS, LOW_FORMAT, LOW_KIND, CEIL, SMOOTH, LOG2_ROTATION, ROTATION_NORM, VIA_MEMORY,
+        BLOCK_M, COLUMNS, LOW_FORMAT, LOW_KIND, CEIL, SMOOTH, ABSOLUTE, LOG2_ROTATION, ROTATION_NORM,
+        VIA_MEMORY,
     )  # fmt: skip
     accumulator, row_max, row_sum = _walk(
-        accumulator, row_max, row_sum, operand, operand_scales, factor, offset, positions,
-        low_key, low_block_scales, low_scale, low_value, (low_b, low_h, low_n), value_strides,
+        accumulator, row_max, row_sum, operand, operand_scales, factor, offset, rows_seen, mask_rows, mask_n,
+        low_tiles, softcap, low_key, low_block_scales, low_scale, low_value, (low_b, low_h, low_n), value_strides,
         batch, kv_head, first_token if LOW_KIND == "raw" else 0, scale_row0, first_token, count,
-        SINK, tl.minimum(diagonal_start, limit), low_resume, limit,
+        tl.maximum(sink_stop, low_first), tl.minimum(diagonal_start, limit),
+        tl.maximum(low_resume, low_first), limit,
         LOW_FORMAT, LOW_KIND, stored_width(LOW_FORMAT, LOW_KIND, HEAD_DIM),
         stored_width(LOW_FORMAT, LOW_KIND, COLUMNS),
         scale_count(LOW_FORMAT, LOW_KIND, COLUMNS), VALUE_DIM, VALUE_COLUMNS,
-        BLOCK_N, CAUSAL, MASK_LOW, SMOOTH and LOW_KIND == "raw", SCALE_TILE, LOW_TMA, LOW_SCALE_TMA,
-        VALUE_TMA, STAGES, REPAIR,
+        BLOCK_N, SEEN_LOW, SMOOTH and (LOW_KIND == "raw") != ABSOLUTE, MASK, SOFTCAP, SCALE_TILE,
+        LOW_TMA, LOW_SCALE_TMA, VALUE_TMA, STAGES, REPAIR,
     )  # fmt: skip
 
     # a row that saw no key is zeros, as in SDPA; NaN sums stay NaN
@@ -338,8 +405,8 @@ def _attention_kernel(
     if REPAIR:
         q = tl.load(query_pointers, mask=query_mask, other=0.0)
         spoiled = spoiled_rows(
-            q, positions, key, key_b, key_h, key_n, batch, kv_head, first_token, count, limit,
-            HEAD_DIM, COLUMNS, CAUSAL,
+            q, row_start, row_stop, mask_rows, mask_n, key, key_b, key_h, key_n, batch, kv_head, first_token,
+            count, limit, HEAD_DIM, COLUMNS, MASK,
         )  # fmt: skip
         result = tl.where(spoiled[:, None], float("nan"), result)
     value_columns = tl.arange(0, VALUE_COLUMNS)
@@ -359,6 +426,7 @@ def attend_quantized(
     scale: float,
     config: DMAConfig,
     plan: Plan,
+    modifiers: Modifiers = NO_MODIFIERS,
     key_ranges: Tensor | None = None,
 ) -> Tensor:
     """Attention of `query` [B, H, M, D] to a quantised K and to `value` [B, Hkv, N, Dv].
@@ -366,8 +434,9 @@ def attend_quantized(
     Args:
         key: the K that was quantised; read where an operand is "raw".
         quantized: what `quantize_key` made of it.
-        causal, scale, config, key_ranges: as in `reference_attention`.
+        causal, scale, config, modifiers: as in `reference_attention`.
         plan: what `plan.make_plan` decided.
+        key_ranges: `masks.key_ranges_of` the query ranges, where there are any.
 
     Returns:
         [B, H, M, Dv], stored as [B, M, H, Dv], which is how Transformers wants it next.
@@ -378,9 +447,11 @@ def attend_quantized(
     columns = padded_columns(head_dim)
     value_columns = triton.next_power_of_2(value_dim)
     low, high = quantized.low, quantized.high
+    ranges, mask = modifiers.query_ranges, modifiers.mask
     # with one format everywhere the map decides nothing but which loop masks: one diagonal tile
     same = low is high
-    diagonal, sink = (config.tile, 0) if same else (config.diagonal, config.sink)
+    if same:
+        config = replace(config, diagonal=config.tile, sink=0, layers=())
 
     out = query.new_empty(batch, query_length, heads, value_dim).transpose(1, 2)
     # a program's own rows of the output are free until it writes them: no memory of its own is needed,
@@ -397,19 +468,42 @@ def attend_quantized(
     low_value, value_tma = _source(value, value_columns, blocks.n, use_tma)
     high_value, _ = _source(value, value_columns, blocks.high_n, use_tma)
     rotation = hadamard_size(head_dim) if config.rotate else 1
-    if key_ranges is None:
+    if ranges is None:
         blocks_m = triton.cdiv((key_length - query_length) % blocks.m + query_length, blocks.m)
     else:  # where a row's first block starts is known on the device only
         blocks_m = triton.cdiv(query_length - 1, blocks.m) + 1
+        ranges = ranges.contiguous()
+    if ranges is not None:
+        seen_low = seen_high = "ranges"
+    elif causal:
+        # a causal low tile lies wholly in the past, unless there is no diagonal
+        seen_low, seen_high = ("causal" if config.diagonal == 0 else "all"), "causal"
+    else:
+        seen_low, seen_high = ("all_rows" if key_length % blocks.n else "all"), "all_rows"
+    mask_kind, tiles, mask_strides, tile_strides = "none", (None, None), (0,) * 4, (0,) * 4
+    if mask is not None:
+        mask_kind = "bool" if mask.dtype == torch.bool else "add"
+        mask_strides = tuple(0 if n == 1 else s for n, s in zip(mask.shape, mask.stride(), strict=True))
+        if ranges is None:  # else the ranges say which tiles to visit, and the mask is a bias
+            tiles = tuple(
+                visited_tiles(mask, config, causal=causal, high=high, block_m=blocks.m, block_n=n)
+                for high, n in ((False, blocks.n), (True, blocks.high_n))
+            )
+            rows_of_tiles = tiles[0].shape[2]
+            by_batch, by_head = (rows_of_tiles if n > 1 else 0 for n in tiles[0].shape[:2])
+            tile_strides = (by_batch * tiles[0].shape[1], by_head, *(t.shape[3] for t in tiles))
+        mask = mask.view(torch.uint8) if mask_kind == "bool" else mask
+    softcap = 0.0 if modifiers.softcap is None else modifiers.softcap * LOG2_E
     first_operand = low.elements if low.elements is not None else high.elements
     key_rows = 0 if first_operand is None else first_operand.shape[2]
     # The second launch repairs heads whose K holds a NaN or Inf; where there is none, every program of it
     # returns at once.
     for repair in (False,) if quantized.bad_keys is None else (False, True):
         _attention_kernel[(heads, batch, blocks_m)](
-            query, low_value, high_value, out, scratch, key_ranges, quantized.mean, quantized.bad_keys, key,
+            query, low_value, high_value, out, scratch, key_ranges, ranges, mask, *tiles, modifiers.sinks,
+            quantized.mean, quantized.bad_keys, key,
             low_key, low_scales, low.scale, high_key, high_scales, high.scale,
-            query_length, key_length, scale * LOG2_E, key_rows,
+            query_length, key_length, scale * LOG2_E, softcap, key_rows, *mask_strides, *tile_strides,
             *query.stride()[:3], *value.stride()[:3], *out.stride()[:3], *scratch.stride()[:3],
             *key.stride()[:3],
             *(key if low.elements is None else low.elements).stride()[:3],
@@ -419,9 +513,8 @@ def attend_quantized(
             LOW_FORMAT=low.format, LOW_KIND=low.kind, HIGH_FORMAT=high.format, HIGH_KIND=high.kind,
             CEIL=config.scale_rule == "ceil", SMOOTH=quantized.mean is not None,
             LOG2_ROTATION=rotation.bit_length() - 1, ROTATION_NORM=1.0 / math.sqrt(rotation),
-            PRECISION_TILE=config.tile, DIAGONAL=diagonal, SINK=sink,
-            # without padding, a causal low tile lies wholly in the past: only these cases cut one
-            MASK_LOW=key_ranges is not None or (diagonal == 0 if causal else key_length % blocks.n != 0),
+            PRECISION_TILE=config.tile, DIAGONAL=config.diagonal, SINK=config.sink,
+            SEEN_LOW=seen_low, SEEN_HIGH=seen_high, MASK=mask_kind, SOFTCAP=modifiers.softcap is not None,
             SCALE_TILE=SCALE_TILE, LOW_TMA=low_tma, HIGH_TMA=high_tma, VALUE_TMA=value_tma,
             LOW_SCALE_TMA=low_scale_tma, HIGH_SCALE_TMA=high_scale_tma,
             BLOCK_M=blocks.m, BLOCK_N=blocks.n, STAGES=blocks.stages,

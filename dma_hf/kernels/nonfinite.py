@@ -14,21 +14,23 @@ import triton.language as tl
 from .encoding import is_finite
 from .interpreter import widen
 from .loading import load_rows
+from .visibility import add_mask
 
 BLOCK = tl.constexpr(32)
 
 
 @triton.jit
 def spoiled_rows(
-    query, positions, key, key_b, key_h, key_n, batch, kv_head, first_token, count, limit,
-    HEAD_DIM: tl.constexpr, COLUMNS: tl.constexpr, CAUSAL: tl.constexpr,
+    query, row_start, row_stop, mask_rows, mask_n, key, key_b, key_h, key_n, batch, kv_head, first_token,
+    count, limit, HEAD_DIM: tl.constexpr, COLUMNS: tl.constexpr, MASK: tl.constexpr,
 ):  # fmt: skip
     """Rows of the unquantised `query` [BLOCK_M, COLUMNS] that a NaN or Inf makes NaN: bool [BLOCK_M].
 
-    key: the unquantised K; first_token, count: the sequence's range in it; limit: keys any row sees.
+    row_start, row_stop, mask_rows, mask_n, limit: see `visibility`; key: the unquantised K;
+    first_token, count: the sequence's range in it.
     """
     bad_query = tl.max(tl.where(is_finite(query.to(tl.float32)), 0, 1), 1) > 0
-    spoiled = tl.zeros(positions.shape, tl.int32)
+    spoiled = tl.zeros(row_start.shape, tl.int32)
     for first in tl.range(0, limit, BLOCK, num_stages=1):
         k = load_rows(
             key, key_b, key_h, key_n, batch, kv_head, first_token + first, first_token + count,
@@ -38,9 +40,10 @@ def spoiled_rows(
         # "ieee": splitting an Inf for tf32x3 would subtract it from itself
         scores = tl.dot(widen(query), tl.trans(widen(k)), input_precision="ieee")
         columns = first + tl.arange(0, BLOCK)
-        visible = (columns < count)[None, :]
-        if CAUSAL:
-            visible = visible & (columns[None, :] <= positions[:, None])
+        visible = (columns[None, :] >= row_start[:, None]) & (columns[None, :] < row_stop[:, None])
+        if MASK != "none":
+            hidden = add_mask(tl.zeros_like(scores), mask_rows, mask_n, first_token, columns, count, MASK)
+            visible = visible & (hidden > float("-inf"))
         spoils = ((scores != scores) | (scores == float("inf"))) & (bad_key[None, :] | bad_query[:, None])
         spoiled = tl.maximum(spoiled, tl.max((spoils & visible).to(tl.int32), 1))
     return spoiled > 0
