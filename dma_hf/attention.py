@@ -7,11 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 from .config import DMAConfig
 from .masks import has_holes, padding_ranges, query_ranges
 from .modifiers import NO_MODIFIERS, Modifiers
-from .policy import choose_backend
+from .policy import choose_backend, device_capability, runs_on_sdpa
+from .presets import resolve
 from .quantization import INPUT_DTYPES
 from .reference import reference_attention
 from .triton_backend import triton_attention
@@ -43,7 +45,7 @@ def diagonal_tiled_attention(
         value: [B, Hkv, N, Dv], same dtype.
         causal: query i, at position i + N - M (bottom-right alignment), sees keys up to its position.
         scale: multiplies QK^T; 1 / sqrt(D) when None.
-        config: formats and tiles; `DMAConfig()` when None.
+        config: formats and tiles; the preset "auto" when None.
         padding_mask: [B, N], non-zero where a key is a real token; padding on the left, the right or
             both. Tiles count from each row's first real token.
         sequence_ids: integer [B, N] for M = N, never decreasing along a row: packed sequences. Tokens
@@ -65,7 +67,7 @@ def diagonal_tiled_attention(
         ValueError: shapes or devices do not fit together.
         NotImplementedError: padding between real tokens.
     """
-    config = DMAConfig() if config is None else config
+    config = DMAConfig.preset("auto") if config is None else config
     if not isinstance(config, DMAConfig):
         raise TypeError(f"config={config!r} must be a DMAConfig")
     check_inputs(query, key, value)
@@ -77,10 +79,11 @@ def diagonal_tiled_attention(
             raise TypeError(f"{name}={number!r} must be a number")
         if not (math.isfinite(number) and number > 0):
             raise ValueError(f"{name}={number} must be finite and positive")
-    if sliding_window is not None and (isinstance(sliding_window, bool) or not isinstance(sliding_window, int)):
-        raise TypeError(f"sliding_window={sliding_window!r} must be an int (tokens)")
-    if sliding_window is not None and sliding_window < 1:
-        raise ValueError(f"sliding_window={sliding_window} must be at least 1 token")
+    if sliding_window is not None:
+        if isinstance(sliding_window, bool) or not isinstance(sliding_window, int):
+            raise TypeError(f"sliding_window={sliding_window!r} must be an int (tokens)")
+        if sliding_window < 1:
+            raise ValueError(f"sliding_window={sliding_window} must be at least 1 token")
     check_modifiers(query, key, attn_mask, sinks)
     ranges = None
     if not (padding_mask is None and sequence_ids is None and sliding_window is None):
@@ -97,9 +100,8 @@ def diagonal_tiled_attention(
             device=query.device,
         )
     modifiers = Modifiers(ranges, attn_mask, None if softcap is None else float(softcap), sinks)
-    return attend(
-        query, key, value, causal=causal, scale=float(scale), config=config.for_layer(None), modifiers=modifiers
-    )
+    config = config.for_layer(None)
+    return attend(query, key, value, causal=causal, scale=float(scale), config=config, modifiers=modifiers)
 
 
 def _checked_padding(padding_mask: Tensor | None, key: Tensor) -> Tensor | None:
@@ -168,6 +170,11 @@ def _forward(
     config: DMAConfig,
     modifiers: Modifiers,
 ) -> Tensor:
+    config = resolve(config, device_capability(query.device) if query.is_cuda else None)
+    if runs_on_sdpa(config, query.shape[2], key.shape[2], causal, modifiers.empty):
+        return scaled_dot_product_attention(
+            query, key, value, is_causal=causal, scale=scale, enable_gqa=query.shape[1] != key.shape[1]
+        )
     backend = choose_backend(config, query.device, query.shape[-1], value.shape[-1])
     run = triton_attention if backend == "triton" else reference_attention
     return run(query, key, value, causal=causal, scale=scale, config=config, modifiers=modifiers)

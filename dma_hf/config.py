@@ -13,10 +13,12 @@ from typing import Any, Literal, get_args
 from .formats import NONE, canonical_name
 
 ScaleRule = Literal["floor", "ceil"]
-PVFormat = Literal["none", "fp8"]
+PVFormat = Literal["none", "fp8", "auto"]
 Backend = Literal["auto", "reference", "triton"]
 
 MIN_TILE = 16
+AUTO = "auto"
+"""A format that the hardware decides, see `dma_hf.presets`."""
 
 Overrides = tuple[tuple[str, Any], ...]
 """Fields that one layer sets otherwise: (name, value) pairs, which hash."""
@@ -31,7 +33,7 @@ class DMAConfig:
 
     Attributes:
         low: format of the tiles far from the diagonal: "mxfp8" (= "mxfp8_e4m3"), "mxfp8_e5m2",
-            "mxfp4", "nvfp4", "fp8", "int8" or "none" (unquantised).
+            "mxfp4", "nvfp4", "fp8", "int8", "none" (unquantised) or "auto" (the hardware decides).
         high: format of diagonal and sink tiles; the same names.
         diagonal: width of the high-precision diagonal in tokens, a multiple of `tile`; with
             `diagonal == tile` a query tile sees only its own tile in high precision.
@@ -40,7 +42,9 @@ class DMAConfig:
         smooth_k: subtract from K its mean over tokens before quantising (softmax does not change).
         rotate: multiply Q and K by an orthonormal Hadamard matrix before quantising.
         scale_rule: how an E8M0 scale is chosen: "floor" (OCP MX v1.0) or "ceil" (nothing saturates).
-        pv: format of the second product: "none" (16-bit) or "fp8" (E4M3, V scaled per channel).
+        pv: format of the second product: "none" (16-bit), "fp8" (E4M3, V scaled per channel) or "auto".
+        min_length: calls with fewer keys than this go to SDPA, where they have no masks or other
+            modifiers: the kernels' launches cost more there than low precision saves.
         backend: "auto", "reference" (PyTorch, any device) or "triton".
         layers: fields that single layers set otherwise, by layer index, as in
             `layers={0: {"low": "mxfp8"}, 5: {"diagonal": 512}}`. See `for_layer`.
@@ -59,14 +63,16 @@ class DMAConfig:
     rotate: bool = False
     scale_rule: ScaleRule = "floor"
     pv: PVFormat = "none"
+    min_length: int = 0
     backend: Backend = "auto"
     layers: Mapping[int, Mapping[str, Any]] | tuple[tuple[int, Overrides], ...] = ()
 
     def __post_init__(self) -> None:
         # frozen: the canonical spelling is stored through object.__setattr__
-        object.__setattr__(self, "low", canonical_name(self.low, "low"))
-        object.__setattr__(self, "high", canonical_name(self.high, "high"))
-        for name in ("diagonal", "sink", "tile"):
+        for name in ("low", "high"):
+            value = getattr(self, name)
+            object.__setattr__(self, name, AUTO if value == AUTO else canonical_name(value, name))
+        for name in ("diagonal", "sink", "tile", "min_length"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int):
                 raise TypeError(f"{name}={value!r} must be an int (tokens)")
@@ -78,6 +84,8 @@ class DMAConfig:
                 raise ValueError(
                     f"{name}={value} must be 0 or a positive multiple of tile={self.tile} (tokens)"
                 )
+        if self.min_length < 0:
+            raise ValueError(f"min_length={self.min_length} must be at least 0 (tokens)")
         for name in ("smooth_k", "rotate"):
             value = getattr(self, name)
             if not isinstance(value, bool):
@@ -252,7 +260,16 @@ _FIELD_PARSERS: dict[str, Any] = {
     if field.name != "layers"  # too much for a command line: a file holds them
 }
 
+SHORT = 2048
+"""Keys under which the preset "auto" leaves a call to SDPA: measured on one H200, see the README."""
+
 PRESETS: dict[str, DMAConfig] = {
+    # what the hardware at hand does best within the quality that the README states
+    "auto": DMAConfig(low=AUTO, high=AUTO, pv="auto", min_length=SHORT),
     # the paper's setting: NVFP4 far away, MXFP8 on one diagonal and one sink tile, keys smoothed
     "paper": DMAConfig(),
+    # as close to exact as low precision gets: 8-bit integers far away, nothing else quantised
+    "accurate": DMAConfig(low="int8", high="none"),
+    # the most speed: both products in 8 bits
+    "fast": DMAConfig(low="fp8", high="none", pv="fp8"),
 }

@@ -30,6 +30,11 @@ class Modifiers:
     sinks: Tensor | None = None
 
     @property
+    def empty(self) -> bool:
+        """Whether nothing is changed."""
+        return all(part is None for part in (self.query_ranges, self.mask, self.softcap, self.sinks))
+
+    @property
     def absolute_scores(self) -> bool:
         """Whether scores must be exact to a constant for each row.
 

@@ -67,14 +67,15 @@ def _model_configs(model: nn.Module) -> Iterator[PretrainedConfig]:
 
 
 def model_setting(model_config: PretrainedConfig | None) -> DMAConfig:
-    """The `DMAConfig` a model's config holds; the default where it holds none."""
+    """The `DMAConfig` a model's config holds; the preset "auto" where it holds none."""
     fields = getattr(model_config, CONFIG_KEY, None)
-    return DMAConfig() if fields is None else _parsed(_hashable(fields))
+    return DMAConfig.preset("auto") if fields is None else _parsed(_hashable(fields))
 
 
 def _hashable(fields: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
     return tuple(
-        (name, _hashable(value) if isinstance(value, dict) else value) for name, value in sorted(fields.items())
+        (name, _hashable(value) if isinstance(value, dict) else value)
+        for name, value in sorted(fields.items())
     )
 
 
@@ -118,7 +119,9 @@ def dma_attention_forward(
     # as in SDPA: a mask says all, and one query sees every key
     causal = bool(causal) and attention_mask is None and query_length > 1
 
-    reason = why_sdpa(query.shape[-1], value.shape[-1], query.device, dropout, kwargs.get("cache") is not None)
+    reason = why_sdpa(
+        query.shape[-1], value.shape[-1], query.device, dropout, kwargs.get("cache") is not None
+    )
     decode = is_decode_step(query_length, key_length)
     plain = softcap is None and sinks is None  # SDPA has neither
     if plain and (decode or reason is not None):
@@ -137,8 +140,8 @@ def dma_attention_forward(
         )
     if dropout:
         raise NotImplementedError(
-            f"{_name(module)} uses attention dropout (dropout={dropout}) together with softcap or sinks, which"
-            " neither dma nor SDPA serves; model.eval() turns dropout off"
+            f"{_name(module)} uses attention dropout (dropout={dropout}) with softcap or sinks, which neither"
+            " dma nor SDPA serves; model.eval() turns dropout off"
         )
 
     position_bias = kwargs.get("position_bias")
@@ -165,9 +168,7 @@ def _name(module: nn.Module) -> str:
     return f"layer {getattr(module, 'layer_idx', '?')} ({type(module).__name__})"
 
 
-def _setting(
-    module: nn.Module, causal: bool, query_length: int, key_length: int, decode: bool
-) -> DMAConfig:
+def _setting(module: nn.Module, causal: bool, query_length: int, key_length: int, decode: bool) -> DMAConfig:
     config = model_setting(getattr(module, "config", None)).for_layer(getattr(module, "layer_idx", None))
     if decode:
         # reads the unquantised cache once, as SDPA would
@@ -188,7 +189,7 @@ def _is_cross_attention(module: nn.Module, causal: bool, query_length: int, key_
 
 
 def _same_batch(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """SDPA broadcasts the batch (a model's learned queries); the kernels want it, and dense last dimensions."""
+    """SDPA broadcasts the batch (learned queries); the kernels want it whole, and dense last dimensions."""
     batch = max(tensor.shape[0] for tensor in tensors)
     expanded = (tensor.expand(batch, -1, -1, -1) for tensor in tensors)
     return tuple(tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in expanded)

@@ -35,6 +35,17 @@ def is_decode_step(query_length: int, key_length: int) -> bool:
     return query_length <= MAX_DECODE_QUERIES and query_length < key_length
 
 
+def runs_on_sdpa(
+    config: DMAConfig, query_length: int, key_length: int, causal: bool, unmodified: bool
+) -> bool:
+    """Whether a call is too short for `config.min_length`, and one that SDPA computes as it is.
+
+    SDPA aligns causal queries to the first keys, so fewer queries than keys are another computation.
+    """
+    short = key_length < config.min_length
+    return short and unmodified and not (causal and query_length != key_length)
+
+
 def operand_kind(format: str, capability: int) -> OperandKind:
     """What a format becomes on a GPU of compute capability `capability` (90 for sm_90).
 
@@ -68,9 +79,7 @@ def warn_fallback(message: str) -> None:
     warnings.warn(message, DMAFallbackWarning, stacklevel=4)
 
 
-def why_sdpa(
-    head_dim: int, value_dim: int, device: torch.device, dropout: float, paged: bool
-) -> str | None:
+def why_sdpa(head_dim: int, value_dim: int, device: torch.device, dropout: float, paged: bool) -> str | None:
     """Why SDPA must serve a layer's call instead of dma; None where dma serves it."""
     if dropout:
         return f"attention dropout (dropout={dropout}), which only training uses; model.eval() turns it off"

@@ -86,9 +86,7 @@ def reference_attention(
                 row = replace(modifiers, query_ranges=ranges - first, mask=mask)
                 offset = int(ranges[0, POSITION]) - first
                 keys = (one, slice(None), tokens)
-                rows.append(
-                    _attend(grouped[one], key[keys], value[keys], offset, causal, scale, config, row)
-                )
+                rows.append(_attend(grouped[one], key[keys], value[keys], offset, causal, scale, config, row))
             out = torch.cat(rows)
     return out.reshape(batch, heads, query_length, value.shape[-1]).to(query.dtype)
 

@@ -220,8 +220,8 @@ def _walk(
             scores = tl.where(columns[None, :] < count, scores, float("-inf"))
         elif SEEN == "causal":
             scores = tl.where(columns[None, :] < row_stop[:, None], scores, float("-inf"))
-        elif SEEN == "ranges":
-            # most tiles of a long range are seen by every row: comparing all of their elements cost more
+        elif SEEN == "ranges":  # noqa: SIM102 - one condition is the compiler's, the other the GPU's
+            # most tiles of a long range are seen by every row, and have nothing to compare
             if (first < full_start) | (first + BLOCK_N > full_stop):
                 seen = (columns[None, :] >= row_start[:, None]) & (columns[None, :] < row_stop[:, None])
                 scores = tl.where(seen, scores, float("-inf"))
@@ -370,7 +370,8 @@ def _attention_kernel(
     )  # fmt: skip
     accumulator, row_max, row_sum = _walk(
         accumulator, row_max, row_sum, operand, operand_scales, factor, offset, rows_seen, mask_rows, mask_n,
-        high_tiles, softcap, high_key, high_block_scales, high_scale, high_value, (high_b, high_h, high_n), value_strides,
+        high_tiles, softcap, high_key, high_block_scales, high_scale, high_value, (high_b, high_h, high_n),
+        value_strides,
         batch, kv_head, first_token if HIGH_KIND == "raw" else 0, scale_row0, first_token, count,
         tl.maximum(sink_start, high_first), tl.minimum(sink_stop, limit),
         tl.maximum(diagonal_start, high_first), diagonal_stop,
@@ -389,7 +390,8 @@ def _attention_kernel(
     )  # fmt: skip
     accumulator, row_max, row_sum = _walk(
         accumulator, row_max, row_sum, operand, operand_scales, factor, offset, rows_seen, mask_rows, mask_n,
-        low_tiles, softcap, low_key, low_block_scales, low_scale, low_value, (low_b, low_h, low_n), value_strides,
+        low_tiles, softcap, low_key, low_block_scales, low_scale, low_value, (low_b, low_h, low_n),
+        value_strides,
         batch, kv_head, first_token if LOW_KIND == "raw" else 0, scale_row0, first_token, count,
         tl.maximum(sink_stop, low_first), tl.minimum(diagonal_start, limit),
         tl.maximum(low_resume, low_first), limit,
@@ -480,18 +482,22 @@ def attend_quantized(
         seen_low, seen_high = ("causal" if config.diagonal == 0 else "all"), "causal"
     else:
         seen_low, seen_high = ("all_rows" if key_length % blocks.n else "all"), "all_rows"
-    mask_kind, tiles, mask_strides, tile_strides = "none", (None, None), (0,) * 4, (0,) * 4
+    mask_kind = "none"
+    tiles: tuple[Tensor | None, ...] = (None, None)
+    mask_strides: tuple[int, ...] = (0,) * 4
+    tile_strides: tuple[int, ...] = (0,) * 4
     if mask is not None:
         mask_kind = "bool" if mask.dtype == torch.bool else "add"
         mask_strides = tuple(0 if n == 1 else s for n, s in zip(mask.shape, mask.stride(), strict=True))
         if ranges is None:  # else the ranges say which tiles to visit, and the mask is a bias
-            tiles = tuple(
-                visited_tiles(mask, config, causal=causal, high=high, block_m=blocks.m, block_n=n)
-                for high, n in ((False, blocks.n), (True, blocks.high_n))
+            lists = tuple(
+                visited_tiles(mask, config, causal=causal, high=is_high, block_m=blocks.m, block_n=n)
+                for is_high, n in ((False, blocks.n), (True, blocks.high_n))
             )
-            rows_of_tiles = tiles[0].shape[2]
-            by_batch, by_head = (rows_of_tiles if n > 1 else 0 for n in tiles[0].shape[:2])
-            tile_strides = (by_batch * tiles[0].shape[1], by_head, *(t.shape[3] for t in tiles))
+            tiles = lists
+            rows = lists[0].shape[2]
+            by_batch, by_head = (rows if n > 1 else 0 for n in lists[0].shape[:2])
+            tile_strides = (by_batch * lists[0].shape[1], by_head, *(t.shape[3] for t in lists))
         mask = mask.view(torch.uint8) if mask_kind == "bool" else mask
     softcap = 0.0 if modifiers.softcap is None else modifiers.softcap * LOG2_E
     first_operand = low.elements if low.elements is not None else high.elements
