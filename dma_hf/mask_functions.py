@@ -33,11 +33,16 @@ class Pattern:
     chunk: int | None = None
     sequence_ids: Tensor | None = None
 
-    def limits(self, query_length: int, key_length: int) -> Pattern:
-        """The same without a window or chunk that reaches beyond all keys."""
+    def limits(self, key_length: int, key_offset: int = 0) -> Pattern:
+        """The same without a window or chunk that reaches beyond all keys.
+
+        Args:
+            key_length, key_offset: how many keys there are, and the position of the first.
+        """
         left = None if self.left is None or self.left >= key_length - 1 else self.left
         right = None if self.right is None or self.right >= key_length - 1 else self.right
-        return replace(self, left=left, right=right)
+        chunk = None if self.chunk is None or self.chunk >= key_offset + key_length else self.chunk
+        return replace(self, left=left, right=right, chunk=chunk)
 
 
 def read_mask_function(function: MaskFunction) -> Pattern | None:
@@ -94,6 +99,9 @@ def _intersection(functions: tuple[MaskFunction, ...]) -> Pattern | None:
             chunk=part.chunk if result.chunk is None else result.chunk,
             sequence_ids=part.sequence_ids if result.sequence_ids is None else result.sequence_ids,
         )
+    if result.chunk is not None and result.sequence_ids is not None:
+        # versions of Transformers differ in where the chunks of packed sequences begin
+        return None
     return result
 
 

@@ -51,4 +51,5 @@ def make_plan(config: DMAConfig, capability: int, head_dim: int, value_dim: int,
 def plan_call(query: Tensor, value: Tensor, config: DMAConfig) -> Plan:
     """The plan for one call on the device of its tensors."""
     capability = device_capability(query.device)
-    return make_plan(config, capability, query.shape[-1], value.shape[-1], value.element_size())
+    element_size = 1 if config.pv == "fp8" else value.element_size()
+    return make_plan(config, capability, query.shape[-1], value.shape[-1], element_size)

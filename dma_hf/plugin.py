@@ -283,7 +283,7 @@ def dma_mask(
         )
         return mask
 
-    pattern = pattern.limits(q_length, kv_length)
+    pattern = pattern.limits(kv_length, kv_offset)
     if padding is None and pattern == Pattern(causal=True) and allow_is_causal_skip:
         aligned = isinstance(q_offset, int) and q_offset == kv_offset == 0 and q_length == kv_length
         if aligned:

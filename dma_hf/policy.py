@@ -19,6 +19,7 @@ MAX_DECODE_QUERIES = 16
 MIN_HEAD_DIM, MAX_HEAD_DIM = 16, 256
 """Head dimensions the kernels are built and tested for."""
 
+FP8_CAPABILITY = 89
 MIN_CAPABILITY = 80
 """Ampere: the first architecture with bfloat16 tensor cores."""
 
@@ -129,8 +130,8 @@ def _why_not_triton(config: DMAConfig, device: torch.device, head_dim: int, valu
     head_dim_reason = _why_not_head_dim(head_dim, value_dim)
     if head_dim_reason is not None:
         return head_dim_reason
-    if config.pv != "none":
-        return f"pv={config.pv!r} has no kernel yet"
+    if device.type == "cuda" and config.pv == "fp8" and device_capability(device) < FP8_CAPABILITY:
+        return f"pv='fp8' needs FP8 tensor cores (sm_{FP8_CAPABILITY}), not sm_{device_capability(device)}"
     if device.type == "cuda" and device_capability(device) < MIN_CAPABILITY:
         return f"the kernels need sm_{MIN_CAPABILITY} or later, not sm_{device_capability(device)}"
     return None

@@ -8,6 +8,7 @@ from torch import Tensor
 from .config import DMAConfig
 from .kernels.attention import attend_quantized
 from .kernels.quantize import quantize_key
+from .kernels.quantize_value import quantize_value
 from .masks import key_ranges_of
 from .modifiers import NO_MODIFIERS, Modifiers
 from .plan import plan_call
@@ -39,7 +40,7 @@ def triton_attention(
     out: Tensor = _attention_op(
         query, key, value, modifiers.query_ranges, modifiers.mask, modifiers.sinks, modifiers.softcap,
         causal, scale, config.low, config.high, config.diagonal,
-        config.sink, config.tile, config.smooth_k, config.rotate, config.scale_rule,
+        config.sink, config.tile, config.smooth_k, config.rotate, config.scale_rule, config.pv,
     )  # fmt: skip
     return out
 
@@ -63,16 +64,18 @@ def _attention_op(
     smooth_k: bool,
     rotate: bool,
     scale_rule: str,
+    pv: str,
 ) -> Tensor:
     # a custom op takes plain values only, so the setting travels as its fields
-    config = DMAConfig(low, high, diagonal, sink, tile, smooth_k, rotate, scale_rule)  # type: ignore[arg-type]
+    config = DMAConfig(low, high, diagonal, sink, tile, smooth_k, rotate, scale_rule, pv)  # type: ignore[arg-type]
     if query.numel() == 0 or key.shape[2] == 0:
         return _empty_out(query, value).zero_()
     plan = plan_call(query, value, config)
     key_ranges = None if query_ranges is None else key_ranges_of(query_ranges)
     quantized = quantize_key(key, config, plan.low_kind, plan.high_kind, key_ranges)
+    values = quantize_value(value, key_ranges) if pv == "fp8" else value
     return attend_quantized(
-        query, key, value, quantized, causal=causal, scale=scale, config=config, plan=plan,
+        query, key, values, quantized, causal=causal, scale=scale, config=config, plan=plan,
         modifiers=Modifiers(query_ranges, mask, softcap, sinks), key_ranges=key_ranges,
     )  # fmt: skip
 

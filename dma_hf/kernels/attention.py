@@ -19,10 +19,11 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ..config import DMAConfig
 from ..modifiers import LOG2_E, NO_MODIFIERS, Modifiers
 from ..plan import Plan
+from ..reference import FP8_PROBABILITY_SCALE
 from ..transforms import hadamard_size
 from .encoding import hadamard
-from .interpreter import dot, narrow
-from .loading import load_rows, token_range
+from .interpreter import dot, narrow, to_e4m3
+from .loading import load_rows, load_transposed, token_range
 from .mask_tiles import visited_tiles
 from .nonfinite import spoiled_rows
 from .operands import (
@@ -37,8 +38,10 @@ from .operands import (
 )
 from .quantize import TILE as SCALE_TILE
 from .quantize import KeyOperand, QuantizedKey
+from .quantize_value import QuantizedValue
 from .visibility import add_mask, mask_pointers, rows_and_limits, soft_cap
 
+PROBABILITY_SCALE = tl.constexpr(FP8_PROBABILITY_SCALE)
 # Triton 3.6 fails to compile a `tl.dot_scaled` for sm_100 that starts from constant zeros
 NEEDS_START = tl.constexpr(tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 9))
 
@@ -147,7 +150,7 @@ def _products(
     else:
         # Hopper adds FP8 products in about 14 bits. Per-token FP8 at head_dim 256 was 2.2e-3 off the
         # reference for it, at 128 0.7e-3 to 1.4e-3; MXFP4's products have two bits each and lose nothing.
-        return dot(query, tl.trans(key), SPLIT_SUMS=FORMAT == "fp8" and key.shape[1] > 128)
+        return dot(query, tl.trans(key), SPLIT_SUMS=128 if FORMAT == "fp8" and key.shape[1] > 128 else None)
 
 
 @triton.jit
@@ -161,7 +164,7 @@ def _walk(
     SCALE_COUNT: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_COLUMNS: tl.constexpr,
     BLOCK_N: tl.constexpr, SEEN: tl.constexpr, OFFSET: tl.constexpr, MASK: tl.constexpr,
     SOFTCAP: tl.constexpr, SCALE_TILE: tl.constexpr, KEY_TMA: tl.constexpr, SCALE_TMA: tl.constexpr,
-    VALUE_TMA: tl.constexpr, STAGES: tl.constexpr, REPAIR: tl.constexpr,
+    VALUE_TMA: tl.constexpr, FP8_VALUE: tl.constexpr, STAGES: tl.constexpr, REPAIR: tl.constexpr,
 ):  # fmt: skip
     """Online softmax over the keys [start_a, stop_a) and [start_b, stop_b), all of one precision.
 
@@ -251,11 +254,19 @@ def _walk(
             probabilities = tl.exp2(scores * row_factor[:, None] - shift[:, None])
         row_sum = row_sum * correction + tl.sum(probabilities, 1)
         accumulator = accumulator * correction[:, None]
-        v = load_rows(
-            value, value_strides[0], value_strides[1], value_strides[2], batch, kv_head, first_token + first,
-            first_token + count, VALUE_DIM, VALUE_COLUMNS, BLOCK_N, VALUE_TMA,
-        )  # fmt: skip
-        accumulator = dot(narrow(probabilities, v.dtype), v, accumulator)
+        if FP8_VALUE:
+            v = load_transposed(
+                value, value_strides[0], value_strides[1], value_strides[2], batch, kv_head, first,
+                VALUE_DIM, VALUE_COLUMNS, BLOCK_N, VALUE_TMA,
+            )  # fmt: skip
+            # added to the accumulator in float32: the tensor core's 14 bits were 1.8e-2 off at 8k tokens
+            accumulator = dot(to_e4m3(probabilities * PROBABILITY_SCALE), v, accumulator, SPLIT_SUMS=BLOCK_N)
+        else:
+            v = load_rows(
+                value, value_strides[0], value_strides[1], value_strides[2], batch, kv_head,
+                first_token + first, first_token + count, VALUE_DIM, VALUE_COLUMNS, BLOCK_N, VALUE_TMA,
+            )  # fmt: skip
+            accumulator = dot(narrow(probabilities, v.dtype), v, accumulator)
         row_max = new_max
     return accumulator, row_max, row_sum
 
@@ -264,7 +275,7 @@ def _walk(
 @triton.jit(do_not_specialize=["query_length", "key_length"])
 def _attention_kernel(
     query, low_value, high_value, out, scratch, key_ranges, query_ranges, mask, low_tiles, high_tiles, sinks,
-    mean, bad_keys, key,
+    value_scale, mean, bad_keys, key,
     low_key, low_block_scales, low_scale, high_key, high_block_scales, high_scale,
     query_length, key_length, scale_log2e, softcap, key_rows, mask_b, mask_h, mask_m, mask_n,
     tiles_b, tiles_h, low_tiles_m, high_tiles_m,
@@ -379,7 +390,7 @@ def _attention_kernel(
         stored_width(HIGH_FORMAT, HIGH_KIND, COLUMNS),
         scale_count(HIGH_FORMAT, HIGH_KIND, COLUMNS), VALUE_DIM, VALUE_COLUMNS,
         HIGH_BLOCK_N, SEEN_HIGH, SMOOTH and (HIGH_KIND == "raw") != ABSOLUTE, MASK, SOFTCAP, SCALE_TILE,
-        HIGH_TMA, HIGH_SCALE_TMA, VALUE_TMA, HIGH_STAGES, REPAIR,
+        HIGH_TMA, HIGH_SCALE_TMA, VALUE_TMA, value_scale is not None, HIGH_STAGES, REPAIR,
     )  # fmt: skip
 
     q = tl.load(query_pointers, mask=query_mask, other=0.0).to(tl.float32)
@@ -399,7 +410,7 @@ def _attention_kernel(
         stored_width(LOW_FORMAT, LOW_KIND, COLUMNS),
         scale_count(LOW_FORMAT, LOW_KIND, COLUMNS), VALUE_DIM, VALUE_COLUMNS,
         BLOCK_N, SEEN_LOW, SMOOTH and (LOW_KIND == "raw") != ABSOLUTE, MASK, SOFTCAP, SCALE_TILE,
-        LOW_TMA, LOW_SCALE_TMA, VALUE_TMA, STAGES, REPAIR,
+        LOW_TMA, LOW_SCALE_TMA, VALUE_TMA, value_scale is not None, STAGES, REPAIR,
     )  # fmt: skip
 
     # a row that saw no key is zeros, as in SDPA; NaN sums stay NaN
@@ -412,6 +423,10 @@ def _attention_kernel(
         )  # fmt: skip
         result = tl.where(spoiled[:, None], float("nan"), result)
     value_columns = tl.arange(0, VALUE_COLUMNS)
+    if value_scale is not None:
+        channel = value_scale + (batch * kv_heads + kv_head) * VALUE_DIM + value_columns
+        scale = tl.load(channel, mask=value_columns < VALUE_DIM, other=0.0) * (1.0 / PROBABILITY_SCALE)
+        result = result * scale[None, :]
     out_base = out + batch.to(tl.int64) * out_b + head.to(tl.int64) * out_h
     out_pointers = out_base + rows.to(tl.int64)[:, None] * out_n + value_columns[None, :]
     out_mask = real_row[:, None] & (value_columns < VALUE_DIM)[None, :]
@@ -421,7 +436,7 @@ def _attention_kernel(
 def attend_quantized(
     query: Tensor,
     key: Tensor,
-    value: Tensor,
+    value: Tensor | QuantizedValue,
     quantized: QuantizedKey,
     *,
     causal: bool,
@@ -431,7 +446,7 @@ def attend_quantized(
     modifiers: Modifiers = NO_MODIFIERS,
     key_ranges: Tensor | None = None,
 ) -> Tensor:
-    """Attention of `query` [B, H, M, D] to a quantised K and to `value` [B, Hkv, N, Dv].
+    """Attention of `query` [B, H, M, D] to a quantised K and to `value` [B, Hkv, N, Dv], quantised or not.
 
     Args:
         key: the K that was quantised; read where an operand is "raw".
@@ -445,7 +460,10 @@ def attend_quantized(
     """
     blocks, use_tma, via_memory = plan.blocks, plan.use_tma, plan.via_memory
     batch, heads, query_length, head_dim = query.shape
-    kv_heads, key_length, value_dim = value.shape[1:]
+    kv_heads, key_length = key.shape[1:3]
+    value_scale = value.scale if isinstance(value, QuantizedValue) else None
+    values = value.elements if isinstance(value, QuantizedValue) else value
+    value_dim = values.shape[2 if value_scale is not None else 3]
     columns = padded_columns(head_dim)
     value_columns = triton.next_power_of_2(value_dim)
     low, high = quantized.low, quantized.high
@@ -467,8 +485,12 @@ def attend_quantized(
     )
     low_scales, low_scale_tma = _scale_source(low, columns, blocks.n, use_tma)
     high_scales, high_scale_tma = _scale_source(high, columns, blocks.high_n, use_tma)
-    low_value, value_tma = _source(value, value_columns, blocks.n, use_tma)
-    high_value, _ = _source(value, value_columns, blocks.high_n, use_tma)
+    if value_scale is None:
+        low_value, value_tma = _source(values, value_columns, blocks.n, use_tma)
+        high_value, _ = _source(values, value_columns, blocks.high_n, use_tma)
+    else:
+        low_value, value_tma = _source(values, blocks.n, value_columns, use_tma)
+        high_value, _ = _source(values, blocks.high_n, value_columns, use_tma)
     rotation = hadamard_size(head_dim) if config.rotate else 1
     if ranges is None:
         blocks_m = triton.cdiv((key_length - query_length) % blocks.m + query_length, blocks.m)
@@ -507,10 +529,10 @@ def attend_quantized(
     for repair in (False,) if quantized.bad_keys is None else (False, True):
         _attention_kernel[(heads, batch, blocks_m)](
             query, low_value, high_value, out, scratch, key_ranges, ranges, mask, *tiles, modifiers.sinks,
-            quantized.mean, quantized.bad_keys, key,
+            value_scale, quantized.mean, quantized.bad_keys, key,
             low_key, low_scales, low.scale, high_key, high_scales, high.scale,
             query_length, key_length, scale * LOG2_E, softcap, key_rows, *mask_strides, *tile_strides,
-            *query.stride()[:3], *value.stride()[:3], *out.stride()[:3], *scratch.stride()[:3],
+            *query.stride()[:3], *values.stride()[:3], *out.stride()[:3], *scratch.stride()[:3],
             *key.stride()[:3],
             *(key if low.elements is None else low.elements).stride()[:3],
             *(key if high.elements is None else high.elements).stride()[:3],

@@ -29,10 +29,10 @@ def widen(x):
 
 
 @triton.jit
-def dot(a, b, accumulator=None, SPLIT_SUMS: tl.constexpr = False):
+def dot(a, b, accumulator=None, SPLIT_SUMS: tl.constexpr = None):
     """a @ b in float32; `accumulator` is added. float32 operands keep float32's accuracy.
 
-    SPLIT_SUMS adds up no more than 128 FP8 products in the tensor core, and the rest in float32.
+    SPLIT_SUMS: how many FP8 products the tensor core adds up at most; the rest is added in float32.
     """
     # tf32x3: three TF32 products give float32's accuracy; 16- and 8-bit operands ignore it
     return tl.dot(
@@ -40,7 +40,7 @@ def dot(a, b, accumulator=None, SPLIT_SUMS: tl.constexpr = False):
         widen(b),
         accumulator,
         input_precision="tf32x3",
-        max_num_imprecise_acc=128 if SPLIT_SUMS else None,
+        max_num_imprecise_acc=SPLIT_SUMS,
     )
 
 
