@@ -26,6 +26,9 @@ class Format:
         block: elements along D that share a scale; None means the whole token.
         scale: type of the block scale.
         global_scale: whether a float32 scale per token multiplies the block scales.
+        key_tokens: neighbouring keys that share one scale, counted from the sequence's first token.
+            Queries have a scale each: it joins the softmax's multiplication and costs nothing, while
+            a scale for each key costs a multiplication for each score.
     """
 
     name: str
@@ -35,6 +38,7 @@ class Format:
     block: int | None
     scale: ScaleType
     global_scale: bool = False
+    key_tokens: int = 1
 
     @property
     def packed(self) -> bool:
@@ -59,6 +63,8 @@ FORMATS: dict[str, Format] = {
         Format("nvfp4", "e2m1", 6.0, 2, 16, "e4m3", global_scale=True),
         Format("fp8", "e4m3", 448.0, 8, None, "float32"),
         Format("int8", "int8", 127.0, 6, None, "float32"),
+        Format("fp8_tile", "e4m3", 448.0, 8, None, "float32", key_tokens=128),
+        Format("int8_tile", "int8", 127.0, 6, None, "float32", key_tokens=128),
     )
 }
 

@@ -114,6 +114,8 @@ def dma_attention_forward(
         ([B, M, H, Dv], None): there are no attention weights to return.
     """
     softcap, sinks = kwargs.get("softcap"), kwargs.get("s_aux")
+    if isinstance(attention_mask, RangesMask) and attention_mask.ranges is None:
+        attention_mask = attention_mask.dense()  # the model wrote into it
     query_length, key_length = query.shape[2], key.shape[2]
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     # as in SDPA: a mask says all, and one query sees every key

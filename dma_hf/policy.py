@@ -56,12 +56,13 @@ def operand_kind(format: str, capability: int) -> OperandKind:
         return "raw"
     if capability >= 100 and get_format(format).block is not None:
         return "scaled"
-    if format == "int8":
+    fmt = get_format(format)
+    if fmt.element == "int8":
         # Triton has no INT8 MMA for sm_100 and later; INT8 elements are exact in bfloat16
         return "int8" if capability < 100 else "16bit"
     # MXFP4 is exact on FP8 tensor cores (dma.md, section 3); NVFP4's and MXFP8's elements times
     # their block scales are not all E4M3 numbers, but are all bfloat16 numbers
-    if format in ("fp8", "mxfp4") and capability >= 89:
+    if (format == "mxfp4" or (fmt.element == "e4m3" and fmt.scale == "float32")) and capability >= 89:
         return "e4m3"
     return "16bit"
 

@@ -22,7 +22,7 @@ class QuantizedTensor:
         elements: the encoded elements. FP4: uint8 [..., ceil(D / 2)], two to a byte, the even element in
             the low nibble. E4M3: float8_e4m3fn, E5M2: float8_e5m2, INT8: int8, each [..., D].
         scales: block scales [..., ceil(D / block)]: float8_e8m0fnu (MX formats), float8_e4m3fn (NVFP4),
-            or float32 [..., 1] (one a token: "fp8", "int8").
+            or float32 [..., 1] (one a token: "fp8", "int8"; the same for `tokens` of them, if given).
         global_scale: NVFP4's second-level scale, float32 [..., 1]; None for other formats.
         format: the format's entry in `dma_hf.formats.FORMATS`.
         length: D, the logical length of the last dimension.
@@ -58,7 +58,7 @@ class QuantizedTensor:
         return (values * scales.repeat_interleave(block, dim=-1)[..., : self.length]).to(dtype)
 
 
-def quantize(x: Tensor, format: str, *, scale_rule: ScaleRule = "floor") -> QuantizedTensor:
+def quantize(x: Tensor, format: str, *, scale_rule: ScaleRule = "floor", tokens: int = 1) -> QuantizedTensor:
     """Quantise the last dimension of `x`.
 
     A last dimension that is no multiple of the format's block ends in a shorter block. A block of zeros
@@ -69,6 +69,8 @@ def quantize(x: Tensor, format: str, *, scale_rule: ScaleRule = "floor") -> Quan
         x: [..., D], bfloat16, float16 or float32, D at least 1.
         format: one of `dma_hf.formats.FORMAT_NAMES`, "none" excepted.
         scale_rule: "floor" (OCP MX v1.0) or "ceil" (nothing saturates); only E8M0 scales heed it.
+        tokens: rows along the second-last dimension that share a float32 scale, which a row with a NaN or
+            Inf does not enter; 1 unless the format has float32 scales (`Format.key_tokens`).
 
     Raises:
         ValueError: unknown format or scale rule, or `x` has no last dimension.
@@ -82,6 +84,9 @@ def quantize(x: Tensor, format: str, *, scale_rule: ScaleRule = "floor") -> Quan
         raise TypeError(f"x has dtype {given}; accepted are bfloat16, float16 and float32 tensors")
     if x.ndim == 0 or x.shape[-1] == 0:
         raise ValueError(f"x has shape {list(x.shape)}; a last dimension of at least 1 is needed")
+
+    if tokens < 1 or (tokens > 1 and (fmt.scale != "float32" or x.ndim < 2)):
+        raise ValueError(f"tokens={tokens} is not accepted for format {fmt.name!r} and {x.ndim} dimensions")
 
     length = x.shape[-1]
     block = fmt.block or length
@@ -107,13 +112,22 @@ def quantize(x: Tensor, format: str, *, scale_rule: ScaleRule = "floor") -> Quan
         scaled = blocks / (scales.float() * global_scale).unsqueeze(-1)
         bad = global_scale.isnan().expand_as(block_max)
     else:
-        scales = _float32_scale(block_max, fmt.element_max)
+        scales = _float32_scale(block_max if tokens == 1 else _shared(block_max, tokens), fmt.element_max)
+        scales = torch.where(block_max.isfinite(), scales, torch.nan)
         scaled = blocks / scales.unsqueeze(-1)
         bad = scales.isnan()
 
     scaled = torch.where(bad.unsqueeze(-1), 0.0, scaled)  # the scale carries the NaN, elements are zeros
     scaled = scaled.flatten(-2)[..., :length]
     return QuantizedTensor(_encode(scaled, fmt), scales, global_scale, fmt, length)
+
+
+def _shared(token_max: Tensor, tokens: int) -> Tensor:
+    """The largest finite value of each group of `tokens` rows of [..., N, 1], for each of its rows."""
+    count = token_max.shape[-2]
+    finite = torch.where(token_max.isfinite(), token_max, 0.0)
+    groups = torch.nn.functional.pad(finite, (0, 0, 0, -count % tokens)).unflatten(-2, (-1, tokens))
+    return groups.amax(-2, keepdim=True).expand_as(groups).flatten(-3, -2)[..., :count, :]
 
 
 def _float32_scale(maximum: Tensor, element_max: float) -> Tensor:

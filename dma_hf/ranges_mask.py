@@ -11,44 +11,81 @@ from torch.utils._pytree import tree_map
 from .masks import START, STOP
 
 
+class _Content:
+    """What a mask and its aliases share: query ranges, until somebody may have written; then numbers."""
+
+    def __init__(self, ranges: Tensor, key_length: int) -> None:
+        self.ranges: Tensor | None = ranges
+        self._dense: Tensor | None = None
+        self._key_length = key_length
+
+    def dense(self) -> Tensor:
+        if self.ranges is not None:
+            return dense_mask(self.ranges, self._key_length)
+        assert self._dense is not None
+        return self._dense
+
+    def become_dense(self) -> None:
+        self._dense, self.ranges = self.dense(), None
+
+
 class RangesMask(Tensor):
     """A bool mask [B, 1, M, N] of which only the query ranges exist (`masks.START`).
 
     Models get their mask from Transformers and hand it to every layer; most never look at it. For those
-    that slice it, add to it or count in it, any operation makes the mask that SDPA would have got.
-
-    Attributes:
-        ranges: int32 [B, M, 4].
+    that slice it, add to it, count in it or write into it, any operation does what it does on the mask
+    that SDPA would have got.
     """
 
-    ranges: Tensor
+    _content: _Content
 
     @staticmethod
     def __new__(cls, ranges: Tensor, key_length: int) -> RangesMask:
         shape = (ranges.shape[0], 1, ranges.shape[1], key_length)
-        mask: RangesMask = Tensor._make_wrapper_subclass(cls, shape, dtype=torch.bool, device=ranges.device)
-        mask.ranges = ranges
+        return cls._of(_Content(ranges, key_length), shape, ranges.device)
+
+    @classmethod
+    def _of(cls, content: _Content, shape: tuple[int, ...], device: torch.device) -> RangesMask:
+        mask: RangesMask = Tensor._make_wrapper_subclass(cls, shape, dtype=torch.bool, device=device)
+        mask._content = content
         return mask
+
+    @property
+    def ranges(self) -> Tensor | None:
+        """int32 [B, M, 4]; None once somebody may have written into the mask or into a view of it."""
+        return self._content.ranges
 
     def dense(self) -> Tensor:
         """The mask: bool [B, 1, M, N]."""
-        return dense_mask(self.ranges, self.shape[-1])
+        return self._content.dense()
 
     def __repr__(self) -> str:  # type: ignore[override]
         return f"RangesMask({self.ranges!r}, key_length={self.shape[-1]})"
 
     @classmethod
-    def __torch_dispatch__(  # type: ignore[override]
-        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        first = args[0] if args else None
         if func in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
-            return cls(args[0].ranges, args[0].shape[-1])
-        if func is torch.ops.aten._to_copy.default and kwargs.get("dtype") in (None, torch.bool):
-            # accelerate moves masks to the device of each layer
-            device = kwargs.get("device")
-            return cls(args[0].ranges.to(device or args[0].device), args[0].shape[-1])
-        args, kwargs = tree_map(lambda x: x.dense() if isinstance(x, RangesMask) else x, (args, kwargs))
+            return cls._of(first._content, first.shape, first.device)
+        if isinstance(first, RangesMask) and first.ranges is not None:
+            if func is torch.ops.aten.clone.default:
+                return cls(first.ranges.clone(), first.shape[-1])
+            if func is torch.ops.aten._to_copy.default and kwargs.get("dtype") in (None, torch.bool):
+                # accelerate moves masks to the device of each layer
+                device = kwargs.get("device")
+                return cls(first.ranges.to(device or first.device), first.shape[-1])
+        # what is written into a view must be found in the mask, too
+        writes = func._schema.is_mutable or any(out.alias_info for out in func._schema.returns)
+
+        def dense(argument: Any) -> Any:
+            if not isinstance(argument, RangesMask):
+                return argument
+            if writes:
+                argument._content.become_dense()
+            return argument.dense()
+
+        args, kwargs = tree_map(dense, (args, kwargs))
         return func(*args, **kwargs)
 
 

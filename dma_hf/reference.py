@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .config import DMAConfig
-from .formats import NONE
+from .formats import NONE, get_format
 from .masks import POSITION, SEQUENCE, START, STOP
 from .modifiers import LOG2_E, NO_MODIFIERS, Modifiers, additive_mask
 from .precision_map import precision_spans
@@ -215,5 +215,7 @@ def _quantized(query: Tensor, key: Tensor, format: str, config: DMAConfig) -> _O
         return _Operands(query, key)
     return _Operands(
         quantize(query, format, scale_rule=config.scale_rule).dequantize(),
-        quantize(key, format, scale_rule=config.scale_rule).dequantize(),
+        quantize(
+            key, format, scale_rule=config.scale_rule, tokens=get_format(format).key_tokens
+        ).dequantize(),
     )

@@ -21,7 +21,7 @@ from ..modifiers import LOG2_E, NO_MODIFIERS, Modifiers
 from ..plan import Plan
 from ..reference import FP8_PROBABILITY_SCALE
 from ..transforms import hadamard_size
-from .encoding import hadamard
+from .encoding import hadamard, is_finite
 from .interpreter import dot, narrow, to_e4m3
 from .loading import load_rows, load_transposed, token_range
 from .mask_tiles import visited_tiles
@@ -34,6 +34,8 @@ from .operands import (
     scale_bytes,
     scale_count,
     scale_granularity,
+    scale_of,
+    shares_scale,
     stored_width,
 )
 from .quantize import TILE as SCALE_TILE
@@ -150,14 +152,15 @@ def _products(
     else:
         # Hopper adds FP8 products in about 14 bits. Per-token FP8 at head_dim 256 was 2.2e-3 off the
         # reference for it, at 128 0.7e-3 to 1.4e-3; MXFP4's products have two bits each and lose nothing.
-        return dot(query, tl.trans(key), SPLIT_SUMS=128 if FORMAT == "fp8" and key.shape[1] > 128 else None)
+        one_scale: tl.constexpr = KIND == "e4m3" and scale_of(FORMAT) == "float32"
+        return dot(query, tl.trans(key), SPLIT_SUMS=128 if one_scale and key.shape[1] > 128 else None)
 
 
 @triton.jit
 def _walk(
     accumulator, row_max, row_sum,  # the online softmax's state
     query, query_scales, factor, offset, rows_seen, mask_rows, mask_n, tiles, softcap,
-    key, key_block_scales, key_scale, value,
+    key, key_block_scales, key_scale, value, raw_key,
     key_strides, value_strides, batch, kv_head, key_row0, scale_row0, first_token, count,
     start_a, stop_a, start_b, stop_b,
     FORMAT: tl.constexpr, KIND: tl.constexpr, KEY_WIDTH: tl.constexpr, KEY_COLUMNS: tl.constexpr,
@@ -231,6 +234,14 @@ def _walk(
 
         if REPAIR:
             # a key with a NaN or Inf is left out; the rows it spoils are known (see nonfinite.py)
+            if KIND != "raw" and shares_scale(FORMAT):
+                # it has no scale of its own to show it: its elements are zeros
+                raw = load_rows(
+                    raw_key[0], raw_key[1], raw_key[2], raw_key[3], batch, kv_head, first_token + first,
+                    first_token + count, KEY_WIDTH, KEY_COLUMNS, BLOCK_N, False,
+                )  # fmt: skip
+                good = tl.min(tl.where(is_finite(raw.to(tl.float32)), 1, 0), 1) > 0
+                scores = tl.where(good[None, :], scores, float("-inf"))
             scores = tl.where(scores != scores, float("-inf"), scores)
 
         # the factor is positive, so it commutes with the maximum and joins the subtraction as one FMA
@@ -271,8 +282,13 @@ def _walk(
     return accumulator, row_max, row_sum
 
 
-# lengths vary from call to call: a kernel for each divisibility, or for length 1, would be compiled in vain
-@triton.jit(do_not_specialize=["query_length", "key_length"])
+# lengths, and what follows from them, vary from call to call: a kernel for each divisibility, or for length 1,
+# would be compiled in vain
+@triton.jit(
+    do_not_specialize=[
+        "query_length", "key_length", "mask_b", "mask_h", "tiles_b", "tiles_h", "low_tiles_m", "high_tiles_m",
+    ]
+)  # fmt: skip
 def _attention_kernel(
     query, low_value, high_value, out, scratch, key_ranges, query_ranges, mask, low_tiles, high_tiles, sinks,
     value_scale, mean, bad_keys, key,
@@ -368,6 +384,7 @@ def _attention_kernel(
         row_max = tl.zeros_like(row_sum) + tl.ceil(sink_score)
         row_sum += tl.exp2(sink_score - tl.ceil(sink_score))
     value_strides = (value_b, value_h, value_n)
+    raw_key = (key, key_b, key_h, key_n)
     scale_row0 = (batch * kv_heads + kv_head).to(tl.int64) * key_rows
 
     # High tiles first: the sink and the diagonal hold most rows' largest scores, so the running maximum
@@ -381,8 +398,8 @@ def _attention_kernel(
     )  # fmt: skip
     accumulator, row_max, row_sum = _walk(
         accumulator, row_max, row_sum, operand, operand_scales, factor, offset, rows_seen, mask_rows, mask_n,
-        high_tiles, softcap, high_key, high_block_scales, high_scale, high_value, (high_b, high_h, high_n),
-        value_strides,
+        high_tiles, softcap, high_key, high_block_scales, high_scale, high_value, raw_key,
+        (high_b, high_h, high_n), value_strides,
         batch, kv_head, first_token if HIGH_KIND == "raw" else 0, scale_row0, first_token, count,
         tl.maximum(sink_start, high_first), tl.minimum(sink_stop, limit),
         tl.maximum(diagonal_start, high_first), diagonal_stop,
@@ -401,8 +418,8 @@ def _attention_kernel(
     )  # fmt: skip
     accumulator, row_max, row_sum = _walk(
         accumulator, row_max, row_sum, operand, operand_scales, factor, offset, rows_seen, mask_rows, mask_n,
-        low_tiles, softcap, low_key, low_block_scales, low_scale, low_value, (low_b, low_h, low_n),
-        value_strides,
+        low_tiles, softcap, low_key, low_block_scales, low_scale, low_value, raw_key,
+        (low_b, low_h, low_n), value_strides,
         batch, kv_head, first_token if LOW_KIND == "raw" else 0, scale_row0, first_token, count,
         tl.maximum(sink_stop, low_first), tl.minimum(diagonal_start, limit),
         tl.maximum(low_resume, low_first), limit,

@@ -26,7 +26,7 @@ def visited_tiles(
     """
     query_length, key_length = mask.shape[-2:]
     offset = key_length - query_length
-    seen = _seen(mask).to(torch.uint8)
+    seen = _seen(mask, causal).to(torch.uint8)
     above = offset % block_m
     seen = pad(seen, (0, -key_length % block_n, above, -(above + query_length) % block_m))
     seen = seen.unflatten(-1, (-1, block_n)).amax(-1).unflatten(-2, (-1, block_m)).amax(-2)
@@ -44,11 +44,14 @@ def visited_tiles(
     return torch.cat((count, indices), dim=-1).to(torch.int32)
 
 
-def _seen(mask: Tensor) -> Tensor:
+def _seen(mask: Tensor, causal: bool) -> Tensor:
     """Where a mask lets a key have weight."""
     if mask.dtype == torch.bool:
         return mask
     # Models write the smallest float for "not seen", which is exp(...) = 0 next to any key that is seen;
-    # a row without one gets the mean of all its values, so its tiles count.
-    seen = mask > torch.finfo(mask.dtype).min
-    return seen | (~seen.any(-1, keepdim=True) & (mask > -torch.inf))
+    # a row without one gets the mean of all values that it may see, so their tiles count.
+    possible = mask > -torch.inf
+    if causal:
+        possible = possible.tril(mask.shape[-1] - mask.shape[-2])
+    seen = possible & (mask > torch.finfo(mask.dtype).min)
+    return seen | (possible & ~seen.any(-1, keepdim=True))

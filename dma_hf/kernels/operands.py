@@ -74,7 +74,7 @@ def block_of(format, columns):
 @constexpr_function
 def scale_granularity(format, kind):
     """Which float32 scale multiplies the scores: "none", one a "token" or one a "tile" of tokens."""
-    if kind == "e4m3" and format == "mxfp4":
+    if kind != "raw" and (FORMATS[format].key_tokens > 1 or (kind == "e4m3" and format == "mxfp4")):
         return "tile"
     return "token" if kind != "raw" and FORMATS[format].scale != "e8m0" else "none"
 
@@ -91,9 +91,20 @@ def scale_count(format, kind, columns):
     return columns // FORMATS[format].block if kind == "scaled" else 0
 
 
+@constexpr_function
+def shares_scale(format):
+    """Whether neighbouring keys share one float32 scale."""
+    return FORMATS[format].key_tokens > 1
+
+
 @triton.jit
-def quantize_rows(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr, FORMAT: tl.constexpr, CEIL: tl.constexpr):
+def quantize_rows(
+    x, ROWS: tl.constexpr, COLUMNS: tl.constexpr, FORMAT: tl.constexpr, CEIL: tl.constexpr,
+    KEYS: tl.constexpr = False,
+):  # fmt: skip
     """Quantise rows (tokens) of `x` [ROWS, COLUMNS], float32. The twin of `dma_hf.quantize`.
+
+    KEYS: rows are keys, and all of them share a scale where the format says so.
 
     Returns:
         scaled: [ROWS, COLUMNS / block, block] float32, values divided by their scales, not rounded yet.
@@ -130,7 +141,10 @@ def quantize_rows(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr, FORMAT: tl.const
         scale = tl.where(good, scale, float("nan"))
     else:
         token_max = tl.max(block_max, 1)
-        token_scale = tl.maximum(tl.div_rn(token_max, element_max(FORMAT)), SMALLEST_SCALE)
+        scale_max = token_max
+        if KEYS and shares_scale(FORMAT):
+            scale_max = tl.zeros_like(token_max) + tl.max(tl.where(is_finite(token_max), token_max, 0.0), 0)
+        token_scale = tl.maximum(tl.div_rn(scale_max, element_max(FORMAT)), SMALLEST_SCALE)
         divisor = tl.expand_dims(token_scale, 1)
         inverse = tl.div_rn(1.0 + tl.zeros_like(divisor), divisor)
         scaled = divide(blocks, tl.expand_dims(divisor, 2), tl.expand_dims(inverse, 2))
@@ -183,7 +197,7 @@ def multiplicand(
         tile = tl.reshape(rounded * tl.expand_dims(scale, 2), (ROWS, COLUMNS)).to(tl.bfloat16)
     elif KIND == "int8":
         tile = tl.reshape(round_element(scaled, ELEMENT), (ROWS, COLUMNS)).to(tl.int8)
-    elif FORMAT == "fp8":
+    elif scale_of(FORMAT) == "float32":
         tile = to_e4m3(tl.reshape(scaled, (ROWS, COLUMNS)))
     else:
         tl.static_assert(FORMAT == "mxfp4")

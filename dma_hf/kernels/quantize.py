@@ -167,7 +167,7 @@ def _store_operand(
     CEIL: tl.constexpr,
 ):
     """Quantise ROWS tokens and write one operand. row0: the first one's row among those of all heads."""
-    scaled, code, scale, token_scale = quantize_rows(x, ROWS, COLUMNS, FORMAT, CEIL)
+    scaled, code, scale, token_scale = quantize_rows(x, ROWS, COLUMNS, FORMAT, CEIL, True)
     if bad_key is not None:
         bad = tl.max((code == 255).to(tl.int32), 1) | (token_scale != token_scale).to(tl.int32)
         if tl.max(bad, 0) > 0:
@@ -193,7 +193,8 @@ def _store_operand(
         tl.store(scale_out + row, token_scale)
     elif scale_granularity(FORMAT, KIND) == "tile":
         tl.static_assert(ROWS == TILE)
-        tl.store(scale_out + row0 // TILE, tl.max(token_scale, 0))
+        # a token with a NaN or Inf has NaN for its own scale
+        tl.store(scale_out + row0 // TILE, tl.max(tl.where(token_scale == token_scale, token_scale, 0.0), 0))
 
 
 @triton.jit(do_not_specialize=["key_length"])
