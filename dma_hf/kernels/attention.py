@@ -462,6 +462,7 @@ def attend_quantized(
     plan: Plan,
     modifiers: Modifiers = NO_MODIFIERS,
     key_ranges: Tensor | None = None,
+    repair: Tensor | None = None,
 ) -> Tensor:
     """Attention of `query` [B, H, M, D] to a quantised K and to `value` [B, Hkv, N, Dv], quantised or not.
 
@@ -471,6 +472,8 @@ def attend_quantized(
         causal, scale, config, modifiers: as in `reference_attention`.
         plan: what `plan.make_plan` decided.
         key_ranges: `masks.key_ranges_of` the query ranges, where there are any.
+        repair: what another kernel computed, but for the heads in `quantized.bad_keys`: only they are
+            computed, into this tensor.
 
     Returns:
         [B, H, M, Dv], stored as [B, M, H, Dv], which is how Transformers wants it next.
@@ -490,7 +493,9 @@ def attend_quantized(
     if same:
         config = replace(config, diagonal=config.tile, sink=0, layers=())
 
-    out = query.new_empty(batch, query_length, heads, value_dim).transpose(1, 2)
+    out = repair
+    if out is None:
+        out = query.new_empty(batch, query_length, heads, value_dim).transpose(1, 2)
     # a program's own rows of the output are free until it writes them: no memory of its own is needed,
     # unless V's rows are shorter than K's
     scratch = out
@@ -543,7 +548,8 @@ def attend_quantized(
     key_rows = 0 if first_operand is None else first_operand.shape[2]
     # The second launch repairs heads whose K holds a NaN or Inf; where there is none, every program of it
     # returns at once.
-    for repair in (False,) if quantized.bad_keys is None else (False, True):
+    launches = (False,) if repair is None else ()
+    for repairs in launches if quantized.bad_keys is None else (*launches, True):
         _attention_kernel[(heads, batch, blocks_m)](
             query, low_value, high_value, out, scratch, key_ranges, ranges, mask, *tiles, modifiers.sinks,
             value_scale, quantized.mean, quantized.bad_keys, key,
@@ -564,7 +570,7 @@ def attend_quantized(
             LOW_SCALE_TMA=low_scale_tma, HIGH_SCALE_TMA=high_scale_tma,
             BLOCK_M=blocks.m, BLOCK_N=blocks.n, STAGES=blocks.stages,
             HIGH_STAGES=blocks.high_stages, HIGH_BLOCK_N=blocks.high_n,
-            VIA_MEMORY=via_memory, REPAIR=repair,
+            VIA_MEMORY=via_memory, REPAIR=repairs,
             num_warps=blocks.warps,
         )  # fmt: skip
     return out
