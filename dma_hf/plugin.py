@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import lru_cache
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import causal_mask_function, sdpa_mask
+from transformers.masking_utils import causal_mask_function, eager_mask, sdpa_mask
 from transformers.utils.import_utils import is_tracing
 
 from .attention import attend
@@ -257,7 +258,8 @@ def dma_mask(
     Returns:
         None where attention is plain causal or plain bidirectional; query ranges (`RangesMask`; int32
         [B, 1, M, 4] in a traced graph) for padding, packed sequences, sliding windows, chunks and static
-        caches; SDPA's own bool mask [B, 1, M, N] for all others and for decode steps.
+        caches; SDPA's own bool mask [B, 1, M, N] (or eager's, for a model without SDPA) for all others
+        and for decode steps.
     """
     tracing = is_tracing(attention_mask)
     pattern = None if is_decode_step(q_length, kv_length) else _readable(mask_function, tracing)
@@ -269,8 +271,10 @@ def dma_mask(
             pattern = None
         elif not tracing and bool(padding.all()):
             padding = None
+    for_eager = type(kwargs.get("config")) in _written_for_eager
     if pattern is None:
-        mask: Tensor | None = sdpa_mask(
+        make_mask = eager_mask if for_eager else sdpa_mask
+        mask: Tensor | None = make_mask(
             batch_size=batch_size,
             q_length=q_length,
             kv_length=kv_length,
@@ -286,6 +290,9 @@ def dma_mask(
         return mask
 
     pattern = pattern.limits(kv_length, kv_offset)
+    if for_eager:
+        allow_is_causal_skip = allow_is_bidirectional_skip = False
+    looks_like = kwargs.get("dtype", torch.float32) if for_eager else torch.bool
     if padding is None and pattern == Pattern(causal=True) and allow_is_causal_skip:
         aligned = isinstance(q_offset, int) and q_offset == kv_offset == 0 and q_length == kv_length
         if aligned:
@@ -306,7 +313,7 @@ def dma_mask(
         batch=batch_size,
         device=device,
     )
-    return ranges[:, None] if tracing else RangesMask(ranges, kv_length)
+    return ranges[:, None] if tracing else RangesMask(ranges, kv_length, looks_like)
 
 
 def _readable(mask_function: Any, tracing: bool) -> Pattern | None:
@@ -332,24 +339,46 @@ def register() -> None:
         )
 
 
+_written_for_eager: set[type] = set()
+"""Configs of models that Transformers has no SDPA for: their code relies on a mask that is never None."""
+
+
 def _hand_over_models(check: Any) -> Any:
     """Transformers' check of a requested implementation, extended by models that cannot have "dma".
 
-    Models with attention code of their own never ask the AttentionInterface. With the name of a
+    Models with attention code of their own never ask the AttentionInterface, and models that claim
+    neither SDPA nor the interface do so with masks and arguments of their own. With the name of a
     registered implementation they fail when built, or add its mask to their scores as if it were
     numbers; so they get SDPA, or what they have instead of it.
     """
 
     @functools.wraps(check)
     def checked(self: Any, requested_attention: str | None, *args: Any, **kwargs: Any) -> str:
-        if requested_attention == IMPLEMENTATION and not self._can_set_attn_implementation():
-            implementation: str = check(self, None, *args, **kwargs)
+        if requested_attention != IMPLEMENTATION:
+            return str(check(self, requested_attention, *args, **kwargs))
+        serves = self._supports_sdpa or self._supports_attention_backend
+        if not (serves and self._can_set_attn_implementation()):
+            implementation = str(check(self, None, *args, **kwargs))
             warn_fallback(
                 f"{type(self).__name__} runs on {implementation}: its attention does not go through"
                 " Transformers' AttentionInterface"
             )
             return implementation
-        implementation = check(self, requested_attention, *args, **kwargs)
-        return implementation
+        if not self._supports_sdpa:
+            _written_for_eager.add(type(self.config))
+        _complete_class_tables(type(self))
+        return str(check(self, requested_attention, *args, **kwargs))
 
     return checked
+
+
+def _complete_class_tables(model_class: type) -> None:
+    """Let layers that are looked up by the implementation's name be found under "dma": SDPA's."""
+    for name, table in vars(sys.modules[model_class.__module__]).items():
+        if name.endswith("_ATTENTION_CLASSES") and isinstance(table, dict) and "sdpa" in table:
+            if IMPLEMENTATION not in table:
+                warn_fallback(
+                    f"{table['sdpa'].__name__} runs on SDPA: it does not go through Transformers'"
+                    " AttentionInterface"
+                )
+            table.setdefault(IMPLEMENTATION, table["sdpa"])

@@ -14,14 +14,20 @@ from .masks import START, STOP
 class _Content:
     """What a mask and its aliases share: query ranges, until somebody may have written; then numbers."""
 
-    def __init__(self, ranges: Tensor, key_length: int) -> None:
+    def __init__(self, ranges: Tensor, key_length: int, dtype: torch.dtype) -> None:
         self.ranges: Tensor | None = ranges
         self._dense: Tensor | None = None
-        self._key_length = key_length
+        self._key_length, self._dtype = key_length, dtype
 
     def dense(self) -> Tensor:
         if self.ranges is not None:
-            return dense_mask(self.ranges, self._key_length)
+            seen = dense_mask(self.ranges, self._key_length)
+            if self._dtype == torch.bool:
+                return seen
+            zero, hidden = (
+                seen.new_full((), x, dtype=self._dtype) for x in (0, torch.finfo(self._dtype).min)
+            )
+            return torch.where(seen, zero, hidden)
         assert self._dense is not None
         return self._dense
 
@@ -30,23 +36,26 @@ class _Content:
 
 
 class RangesMask(Tensor):
-    """A bool mask [B, 1, M, N] of which only the query ranges exist (`masks.START`).
+    """A mask [B, 1, M, N] of which only the query ranges exist (`masks.START`).
 
     Models get their mask from Transformers and hand it to every layer; most never look at it. For those
     that slice it, add to it, count in it or write into it, any operation does what it does on the mask
-    that SDPA would have got.
+    that SDPA would have got: bool; or, with a floating-point `dtype`, on the additive mask that "eager"
+    would have got.
     """
 
     _content: _Content
 
     @staticmethod
-    def __new__(cls, ranges: Tensor, key_length: int) -> RangesMask:
+    def __new__(cls, ranges: Tensor, key_length: int, dtype: torch.dtype = torch.bool) -> RangesMask:
         shape = (ranges.shape[0], 1, ranges.shape[1], key_length)
-        return cls._of(_Content(ranges, key_length), shape, ranges.device)
+        return cls._of(_Content(ranges, key_length, dtype), shape, dtype, ranges.device)
 
     @classmethod
-    def _of(cls, content: _Content, shape: tuple[int, ...], device: torch.device) -> RangesMask:
-        mask: RangesMask = Tensor._make_wrapper_subclass(cls, shape, dtype=torch.bool, device=device)
+    def _of(
+        cls, content: _Content, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+    ) -> RangesMask:
+        mask: RangesMask = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
         mask._content = content
         return mask
 
@@ -56,25 +65,27 @@ class RangesMask(Tensor):
         return self._content.ranges
 
     def dense(self) -> Tensor:
-        """The mask: bool [B, 1, M, N]."""
+        """The mask: [B, 1, M, N] in `dtype`."""
         return self._content.dense()
 
     def __repr__(self) -> str:  # type: ignore[override]
         return f"RangesMask({self.ranges!r}, key_length={self.shape[-1]})"
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]  # torch declares it as no class method
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         kwargs = kwargs or {}
-        first = args[0] if args else None
+        first: Any = args[0] if args else None
         if func in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
-            return cls._of(first._content, first.shape, first.device)
+            return cls._of(first._content, first.shape, first.dtype, first.device)
         if isinstance(first, RangesMask) and first.ranges is not None:
             if func is torch.ops.aten.clone.default:
-                return cls(first.ranges.clone(), first.shape[-1])
-            if func is torch.ops.aten._to_copy.default and kwargs.get("dtype") in (None, torch.bool):
+                return cls(first.ranges.clone(), first.shape[-1], first.dtype)
+            if func is torch.ops.aten._to_copy.default and kwargs.get("dtype") in (None, first.dtype):
                 # accelerate moves masks to the device of each layer
                 device = kwargs.get("device")
-                return cls(first.ranges.to(device or first.device), first.shape[-1])
+                return cls(first.ranges.to(device or first.device), first.shape[-1], first.dtype)
         # what is written into a view must be found in the mask, too
         writes = func._schema.is_mutable or any(out.alias_info for out in func._schema.returns)
 
