@@ -1,4 +1,4 @@
-"""The attention a loaded model runs with, switched in place: SDPA, or DMA in one of its settings."""
+"""The attention a loaded model runs with, switched in place: the baseline, or DMA in one of its settings."""
 
 from __future__ import annotations
 
@@ -12,9 +12,14 @@ from dma_hf import DMAConfig
 from dma_hf.plugin import CONFIG_KEY, IMPLEMENTATION
 
 
+def baseline(model: PreTrainedModel) -> str:
+    """What DMA is measured against: "sdpa", or "eager" for a model that SDPA does not serve (GPT-OSS)."""
+    return "sdpa" if getattr(model, "_supports_sdpa", True) else "eager"
+
+
 @contextmanager
 def attention(model: PreTrainedModel, config: DMAConfig | None) -> Iterator[PreTrainedModel]:
-    """Runs ``model`` with DMA as ``config`` says, or with SDPA (None), and then as it was before.
+    """Runs ``model`` with DMA as ``config`` says, or with its baseline (None), and then as it was before.
 
     Raises:
         ValueError: if the model cannot run with that attention.
@@ -25,7 +30,7 @@ def attention(model: PreTrainedModel, config: DMAConfig | None) -> Iterator[PreT
     configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values()
     before = [(c, getattr(c, CONFIG_KEY, None)) for c in configs]
     try:
-        model.set_attn_implementation("sdpa" if config is None else IMPLEMENTATION)
+        model.set_attn_implementation(baseline(model) if config is None else IMPLEMENTATION)
         if config is not None:
             dma_hf.configure(model, config)
         yield model

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from .errors import UsageError, first_line
-from .hub import hub_access
+from .errors import UsageError
+from .hub import explain, hub_access
 
 SEPARATOR = "\n\n"
 """Between the rows of a data set: what the WikiText-2 convention joins with."""
@@ -38,6 +39,21 @@ def load_corpus(*, file: str | None = None, dataset: str | None = None) -> Corpu
     if dataset is not None:
         return hub_dataset(dataset)
     return python_topics()
+
+
+def load_corpora(files: str | Sequence[str] | None, datasets: str | Sequence[str] | None) -> list[Corpus]:
+    """The texts of files and data sets, one or several of each; of neither, Python's documentation.
+
+    Raises:
+        UsageError: if one cannot be read, or is named twice.
+    """
+    files, datasets = ([names] if isinstance(names, str) else names or [] for names in (files, datasets))
+    corpora = [*map(text_file, files), *map(hub_dataset, datasets)] or [python_topics()]
+    names = [corpus.name for corpus in corpora]
+    for name in names:
+        if names.count(name) > 1:
+            raise UsageError(f"the text '{name}' is given twice")
+    return corpora
 
 
 def python_topics() -> Corpus:
@@ -75,7 +91,7 @@ def hub_dataset(specification: str) -> Corpus:
         with hub_access():
             splits = datasets.load_dataset(name, config)
     except Exception as error:  # a repository can be wrong in any way there is
-        raise UsageError(f"cannot load --dataset '{specification}': {first_line(error)}") from error
+        raise UsageError(f"cannot load --dataset '{specification}': {explain(error, name)}") from error
     if split not in splits:
         raise UsageError(
             f"--dataset '{specification}': no split '{split}'; it has {', '.join(map(str, splits))}"

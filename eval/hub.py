@@ -8,8 +8,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from huggingface_hub import constants
+from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 from huggingface_hub.utils import disable_progress_bars, get_session  # type: ignore[attr-defined]
 from huggingface_hub.utils import logging as hub_logging
+
+from .errors import first_line
 
 PROBE_SECONDS = 5.0
 
@@ -44,6 +47,26 @@ def hub_access() -> Iterator[None]:
     finally:
         for module, value in zip(switches, before, strict=True):
             module.HF_HUB_OFFLINE = value  # type: ignore[attr-defined]
+
+
+def explain(error: Exception, name: str) -> str:
+    """Why ``name`` could not be loaded, in one line that says what to do about it."""
+    causes = list(_causes(error))
+    if any(isinstance(cause, GatedRepoError) for cause in causes):
+        return f"it is gated: accept its terms at {constants.ENDPOINT}/{name} and log in with 'hf auth login'"
+    if any(isinstance(cause, RepositoryNotFoundError) for cause in causes):
+        return "the hub has no such repository, or it is private: then log in with 'hf auth login'"
+    if any(isinstance(cause, (LocalEntryNotFoundError, ConnectionError)) for cause in causes):
+        if constants.HF_HUB_OFFLINE:
+            return "it is not in the local cache, and HF_HUB_OFFLINE forbids to ask the hub"
+        return "it is not in the local cache, and the hub cannot be reached"
+    return first_line(error)
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 def silence_libraries() -> None:

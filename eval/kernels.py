@@ -23,6 +23,7 @@ from .kernel_ablations import (
 )
 from .kernel_benchmark import Run, compare_attention
 from .kernel_inputs import Shape, attention_shapes
+from .kernel_masks import MASK_CONFIGS, compare_masks, mask_batches, provider_count
 from .kernel_providers import DEFAULT_KERNEL_CONFIGS, attention_providers
 from .kernel_timing import Meter
 from .progress import Advance
@@ -34,6 +35,7 @@ FIELDS = {
     "fusion": ("ms", "gb_per_s", "ratio_to_copy", "ratio_to_fused", "extra_bytes"),
     "tiles": ("ms", "tflops", "ratio_to_sdpa_default", "rel_error"),
     "quantize": ("ms", "gb_per_s", "ratio_to_copy", "extra_bytes"),
+    "masks": ("ms", "ratio_to_sdpa_default", "rel_error", "extra_bytes", "mask_bytes"),
 }
 """The suites, and the columns of their tables."""
 
@@ -90,6 +92,17 @@ def plan_suite(
             len(settings) + 1,
             lambda meter, advance: compare_tiles(TILES_SHAPE, settings, meter, advance),
         )
+    if suite == "masks":
+        batches, texts = mask_batches(), list(configs or MASK_CONFIGS)
+        for text in texts:
+            parse_config(text)
+        if quick:
+            batches, texts = batches[:1], texts[:1]
+        return Plan(
+            suite,
+            provider_count(batches, texts),
+            lambda meter, advance: compare_masks(batches, texts, meter, advance),
+        )
     if suite == "fusion":
         key_shapes, default, quantizers = FUSION_SHAPES, FUSION_CONFIGS, QUANTIZERS
     else:
@@ -118,4 +131,8 @@ def show_runs(suite: str, runs: Sequence[Run]) -> None:
 
 
 def _title(shape: dict[str, Any]) -> str:
+    if "mask" in shape:
+        sizes = {name: value for name, value in shape.items() if name not in ("mask", "mask_tokens")}
+        tokens = "" if shape["mask_tokens"] is None else f" of {shape['mask_tokens']:,}"
+        return f"{shape['mask']}{tokens}: {Shape(**sizes)}"
     return str(Shape(**shape) if "heads" in shape else KeyShape(**shape))

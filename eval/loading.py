@@ -14,8 +14,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from .errors import UsageError, first_line
-from .hub import hub_access
+from .errors import UsageError
+from .hub import explain, hub_access
 
 BUILTIN_MODEL = "built-in"
 BUILTIN_FOLDER = Path(__file__).parent / "builtin_model"
@@ -71,10 +71,12 @@ def choose_dtype(name: str | None, device: torch.device) -> torch.dtype:
     return DTYPES[name]
 
 
-def load_model(name: str | None, *, device: torch.device, dtype: torch.dtype) -> LanguageModel:
+def load_model(
+    name: str | None, *, device: torch.device, dtype: torch.dtype, trust_remote_code: bool = False
+) -> LanguageModel:
     """Loads the model called ``name`` (folder or hub id; None: the built-in model), for evaluation.
 
-    Code that a repository carries is never executed.
+    Code that a repository carries is executed only with ``trust_remote_code``.
 
     Raises:
         UsageError: if it cannot be loaded, with the reason in one line.
@@ -88,17 +90,17 @@ def load_model(name: str | None, *, device: torch.device, dtype: torch.dtype) ->
         raise UsageError(f"cannot load model '{name}': the folder has no config.json")
     try:
         with nullcontext() if is_folder else hub_access():
-            options = {"trust_remote_code": False, "local_files_only": is_folder}
+            options = {"trust_remote_code": trust_remote_code, "local_files_only": is_folder}
             tokenizer = AutoTokenizer.from_pretrained(source, **options)
             model = AutoModelForCausalLM.from_pretrained(
                 source, dtype=dtype, attn_implementation="sdpa", **options
             )
     except Exception as error:  # a folder or repository can be wrong in any way there is
-        raise UsageError(f"cannot load model '{name}': {_reason(error)}") from error
+        raise UsageError(f"cannot load model '{name}': {_reason(error, name)}") from error
     return LanguageModel(name, model.to(device).eval(), tokenizer)
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: Exception, name: str) -> str:
     if "trust_remote_code" in str(error):
-        return "it needs code from its repository, and dma-eval never executes such code"
-    return first_line(error)
+        return "it needs code from its repository, which is executed only with --trust-remote-code"
+    return explain(error, name)

@@ -29,6 +29,12 @@ class Window:
         """The tokens that are scored: one further than the positions that predict them."""
         return slice(self.stop - self.scored + 1, self.stop + 1)
 
+    @property
+    def positions(self) -> range:
+        """Of each scored token, how many tokens of this window the model has read to predict it."""
+        length = self.stop - self.start
+        return range(length - self.scored + 1, length + 1)
+
 
 def sliding_windows(tokens: int, *, context: int, stride: int) -> list[Window]:
     """The windows over a text of ``tokens`` tokens.
@@ -50,3 +56,19 @@ def sliding_windows(tokens: int, *, context: int, stride: int) -> list[Window]:
         if done == predictions:
             break
     return windows
+
+
+def spaced_windows(tokens: int, *, context: int, count: int) -> list[Window]:
+    """``count`` windows of ``context`` tokens that score all they predict, spread over the text.
+
+    They do not overlap where the text is long enough, and never repeat.
+
+    Raises:
+        ValueError: if the text has fewer than ``context + count`` tokens (the last token read must
+            have a next one, and every window starts elsewhere).
+    """
+    last_start = tokens - 1 - context
+    if last_start < count - 1:
+        raise ValueError(f"{count} windows of {context} tokens need {context + count} tokens, got {tokens}")
+    starts = [last_start * i // max(count - 1, 1) for i in range(count)]
+    return [Window(start, start + context, context) for start in starts]

@@ -186,5 +186,5 @@ def test_layers_are_checked(layers, message):
 def test_a_file_that_holds_no_setting_is_named(tmp_path, text):
     path = tmp_path / "wrong.json"
     path.write_text(text)
-    with pytest.raises(ValueError, match="wrong.json"):
+    with pytest.raises(ValueError, match=r"wrong\.json"):
         DMAConfig.load(path)

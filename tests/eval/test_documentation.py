@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from dma_hf_eval.report import MARKED, fill
+from dma_hf_eval.readme_tables import MARKED, fill
 from dma_hf_eval.runs import DEFAULT_CONFIGS
 from dma_hf_eval.tile_map import draw_tile_map
 from matplotlib.image import imread
@@ -39,7 +39,7 @@ def test_the_python_of_the_readme_runs(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_tables_are_those_of_the_results(page: str) -> None:
     text = read(page)
     assert MARKED.search(text)
-    assert text == fill(text, CHECKOUT), f"run: python -m eval.report {page}"
+    assert text == fill(text, CHECKOUT), f"run: python -m eval.readme_tables {page}"
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -34,13 +34,17 @@ from dma_hf_eval.kernel_inputs import (
     relative_error,
     structured_inputs,
 )
+from dma_hf_eval.kernel_masks import compare_masks, make_mask, mask_batches, provider_count
 from dma_hf_eval.kernel_plots import throughput_series
 from dma_hf_eval.kernel_providers import SDPA, Provider, attention_providers, dma_provider, key_quantizer
 from dma_hf_eval.kernels import plan_suite
 from dma_hf_eval.tables import kernel_rows
 from torch.nn.functional import scaled_dot_product_attention
+from transformers.masking_utils import sdpa_mask
 
 from dma_hf import DMAConfig
+from dma_hf.plugin import dma_mask
+from dma_hf.ranges_mask import RangesMask
 
 Capture = pytest.CaptureFixture[str]
 CPU = torch.device("cpu")
@@ -294,6 +298,44 @@ def test_more_high_tiles_mean_less_error() -> None:
     assert none["rel_error"] > 1.2 * some["rel_error"] > 1.2 * every["rel_error"] > sdpa["rel_error"]
 
 
+# ---- masks
+
+SMALL_BATCHES = mask_batches(unit=16, heads=4, kv_heads=2, head_dim=32)
+
+
+@pytest.mark.parametrize("batch", SMALL_BATCHES, ids=lambda batch: batch.mask)
+def test_both_sides_get_the_same_mask(batch: Any) -> None:
+    dense, given = (make_mask(batch, make, CPU) for make in (sdpa_mask, dma_mask))
+    assert dense is not None
+    assert given is not None
+    shape = (batch.shape.batch, 1, batch.shape.length, batch.shape.length)
+    assert dense.expand(shape).shape == given.expand(shape).shape
+    assert isinstance(given, RangesMask) == (batch.mask != "prefix")
+    if isinstance(given, RangesMask):
+        given = given.dense()
+    assert torch.equal(given.expand(shape), dense.expand(shape))
+
+
+def test_masked_batches_are_related_to_sdpa_with_its_mask() -> None:
+    steps: list[int] = []
+    runs = compare_masks(SMALL_BATCHES, ["low=none,high=none"], InventedMeter(4.0, 2.0), steps.append)
+    assert sum(steps) == provider_count(SMALL_BATCHES, ["low=none,high=none"]) == len(runs) == 2 * 5
+    assert all(run["rel_error"] < 1e-2 for run in runs)
+    padded, dma = runs[:2]
+    assert (padded["provider"], dma["provider"]) == ("SDPA", "DMA low=none,high=none")
+    assert (padded["ratio_to_sdpa_default"], dma["ratio_to_sdpa_default"]) == (1.0, 2.0)
+    assert padded["mask_bytes"] == 8 * 128 * 128
+    assert dma["mask_bytes"] == 8 * 128 * 4 * 4  # four numbers a query
+    assert padded["shape"]["mask"] == "padded"
+    window = [run["provider"] for run in runs if run["shape"]["mask"] == "window"]
+    assert [name.partition(", causal without a mask")[1] != "" for name in window] == [
+        False,
+        False,
+        True,
+        True,
+    ]
+
+
 # ---- the command
 
 
@@ -312,6 +354,7 @@ def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "TILES_SHAPE", tiny[1])
     monkeypatch.setattr(kernels, "FUSION_SHAPES", (KeyShape(1, 2, 130, 32),))
     monkeypatch.setattr(kernels, "QUANTIZE_SHAPES", (KeyShape(1, 2, 130, 32),))
+    monkeypatch.setattr(kernels, "mask_batches", lambda: SMALL_BATCHES)
 
 
 @on_interpreted_kernels
@@ -325,6 +368,7 @@ def test_the_command_prints_tables_and_writes_every_suite(tmp_path: Path, capsys
         "kernels_fusion.json",
         "kernels_tiles.json",
         "kernels_quantize.json",
+        "kernels_masks.json",
         "kernels_head_dim_32.svg",
     }
     for path in tmp_path.glob("*.json"):

@@ -44,7 +44,7 @@ def test_folders_that_hold_no_model(tmp_path: Path, tiny_folder: Path) -> None:
     refusal(str(broken))
 
 
-def test_code_of_a_model_is_never_executed(tmp_path: Path, tiny_folder: Path) -> None:
+def test_code_of_a_model_is_executed_only_if_told(tmp_path: Path, tiny_folder: Path) -> None:
     folder = tmp_path / "custom"
     shutil.copytree(tiny_folder, folder)
     config = json.loads((folder / "config.json").read_text())
@@ -55,12 +55,14 @@ def test_code_of_a_model_is_never_executed(tmp_path: Path, tiny_folder: Path) ->
     }
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "modeling_custom.py").write_text("raise SystemExit('executed')")
-    assert "never executes such code" in refusal(str(folder))
+    assert "only with --trust-remote-code" in refusal(str(folder))
+    with pytest.raises(SystemExit, match="executed"):
+        load_model(str(folder), device=CPU, dtype=torch.float32, trust_remote_code=True)
 
 
 def test_a_hub_id_without_a_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dma_hf_eval.hub.hub_is_reachable", lambda: False)
-    refusal("no-such-org/no-such-model")
+    assert "it is not in the local cache" in refusal("no-such-org/no-such-model")
 
 
 def test_dtypes() -> None:

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from dma_hf_eval import perplexity
+from dma_hf_eval.attention import attention
 from dma_hf_eval.errors import EvalError, UsageError
+from dma_hf_eval.failures import Failures
+from dma_hf_eval.journal import Journal
 from dma_hf_eval.perplexity import RecallTask, RunResult, compare_perplexity, steps
-from dma_hf_eval.runs import SDPA, parse_runs
+from dma_hf_eval.runs import SDPA, Run, parse_runs
 from transformers import PreTrainedModel
+
+from dma_hf import DMAConfig
 
 RECALL = RecallTask(passage=32, distance=100, samples=1)
 
@@ -83,10 +93,16 @@ def test_logits_that_are_not_finite_end_the_run(tiny_model: PreTrainedModel, tok
         compare(tiny_model, tokens)
 
 
-def test_what_dma_refuses_is_named(tiny_model: PreTrainedModel, tokens: torch.Tensor) -> None:
-    for layer in tiny_model.model.layers:
-        layer.self_attn.is_causal = False
-    with pytest.raises(UsageError, match=r"--config 'paper': .*not causal"):
+def test_what_dma_refuses_is_named(
+    tiny_model: PreTrainedModel, tokens: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(model: PreTrainedModel, config: DMAConfig | None) -> AbstractContextManager[PreTrainedModel]:
+        if config is not None:
+            raise NotImplementedError("LlamaAttention does what dma does not serve\nand more")
+        return attention(model, config)
+
+    monkeypatch.setattr(perplexity, "attention", refuse)
+    with pytest.raises(UsageError, match=r"--config 'paper': .* does not serve$"):
         compare(tiny_model, tokens, "paper")
 
 
@@ -97,3 +113,108 @@ def test_what_dma_refuses_is_named(tiny_model: PreTrainedModel, tokens: torch.Te
 def test_the_recall_task_fits_the_context(context: int, task: RecallTask) -> None:
     assert RecallTask.fitting(context) == task
     assert task.passage <= task.distance <= context - task.passage
+
+
+def test_the_interval_is_that_of_the_paired_losses(tiny_model: PreTrainedModel, tokens: torch.Tensor) -> None:
+    sdpa, mxfp8 = compare(tiny_model, tokens, "low=mxfp8,high=mxfp8")
+    summary = mxfp8.summary(sdpa)
+    low, high = summary["delta_percent_interval"]
+    assert low < summary["delta_percent"] < high
+    # Far narrower than the noise of the losses themselves: both runs see the same tokens.
+    losses = torch.cat(sdpa.loss)
+    unpaired = 100 * 2 * 1.96 * losses.std().item() / len(losses) ** 0.5
+    assert high - low < unpaired / 3
+    assert sdpa.summary(sdpa)["delta_percent_interval"] == [0, 0]
+
+
+def test_by_position_partitions_the_scored_tokens(tiny_model: PreTrainedModel, tokens: torch.Tensor) -> None:
+    sdpa, mxfp4 = compare(tiny_model, tokens, "low=mxfp4,high=mxfp4", context=512, stride=256)
+    bins = mxfp4.summary(sdpa)["by_position"]
+    # Of 699 tokens the first window scores positions 1 to 512, the next one 257 to 443.
+    assert [(part["first"], part["last"], part["tokens"]) for part in bins] == [
+        (1, 128, 128),
+        (129, 256, 128),
+        (257, 512, 256 + 187),
+    ]
+    for name, total in (("kl", mxfp4.kl), ("loss", mxfp4.loss)):
+        mean = sum(part[name] * part["tokens"] for part in bins) / 699
+        assert mean == pytest.approx(torch.cat(total).mean().item(), rel=1e-5)
+    delta = sum(part["delta_loss"] * part["tokens"] for part in bins) / 699
+    assert delta == pytest.approx(math.log(mxfp4.perplexity / sdpa.perplexity), rel=1e-4)
+
+
+def test_a_single_position_differs_where_dma_starts_to_quantise(
+    tiny_model: PreTrainedModel, tokens: torch.Tensor
+) -> None:
+    sdpa, low = compare(tiny_model, tokens, "low=mxfp4,high=none,diagonal=128,sink=0")
+    near, *far = low.by_position(sdpa)
+    assert abs(near["kl"]) < 1e-6  # everything is on the diagonal
+    assert all(part["kl"] > 1e-4 for part in far)
+
+
+class Killed(BaseException):
+    """What ends a process, as far as a test can tell."""
+
+
+def test_a_killed_comparison_continues_and_gives_the_same_result(
+    tiny_model: PreTrainedModel, tokens: torch.Tensor, tmp_path: Path
+) -> None:
+    runs = parse_runs(["low=mxfp4", "paper"])
+    sizes = {"context": 128, "stride": 128, "recall": RECALL}
+    passes: list[int] = []
+    tiny_model.register_forward_hook(lambda *_: passes.append(1))
+    whole = compare_perplexity(tiny_model, tokens, runs, **sizes)
+    needed = len(passes)
+
+    def killed_after(steps: int) -> Callable[[int], None]:
+        left = iter(range(steps))
+
+        def advance(_: int) -> None:
+            if next(left, None) is None:
+                raise Killed
+
+        return advance
+
+    passes.clear()
+    with pytest.raises(Killed):
+        compare_perplexity(
+            tiny_model, tokens, runs, journal=Journal(tmp_path, "x"), advance=killed_after(7), **sizes
+        )
+    continued = compare_perplexity(tiny_model, tokens, runs, journal=Journal(tmp_path, "x"), **sizes)
+    assert needed <= len(passes) <= needed + 1  # at most SDPA's window anew, as the others' reference
+    for before, after in zip(whole, continued, strict=True):
+        assert torch.equal(torch.cat(before.loss), torch.cat(after.loss))
+        assert torch.equal(torch.cat(before.kl), torch.cat(after.kl))
+        assert before.recall_perplexity == after.recall_perplexity
+
+    passes.clear()
+    again = compare_perplexity(tiny_model, tokens, runs, journal=Journal(tmp_path, "x"), **sizes)
+    assert passes == []
+    assert [result.seconds for result in again] == [result.seconds for result in continued]
+
+
+def test_a_run_without_memory_leaves_the_others_alone(
+    tiny_model: PreTrainedModel, tokens: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    genuine = perplexity._logits
+
+    def short_of_memory(model: PreTrainedModel, run: Run, *rest: Any) -> Any:
+        if run.name == "paper":
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return genuine(model, run, *rest)
+
+    monkeypatch.setattr(perplexity, "_logits", short_of_memory)
+    failures = Failures()
+    results = compare_perplexity(
+        tiny_model,
+        tokens,
+        parse_runs(["paper", "low=mxfp4"]),
+        context=512,
+        stride=512,
+        recall=RECALL,
+        failures=failures,
+    )
+    assert [result.run.name for result in results] == ["SDPA", "low=mxfp4"]
+    assert [(failed["name"], failed["error"][:13]) for failed in failures.describe()] == [
+        ("paper", "out of memory")
+    ]

@@ -1,0 +1,128 @@
+"""Tables of results in Markdown pages, written from the results' JSON files.
+
+A page marks where a table belongs, and everything between the two marks is replaced:
+
+    <!-- results: eval/results/builtin_cpu/perplexity.json -->
+    <!-- end of results -->
+
+``python -m eval.readme_tables README.md eval/builtin_model/README.md`` rewrites the tables of these pages, so
+no number in them is typed by hand. Paths in marks start at the current folder.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .tables import (
+    MODEL_SPEED_COLUMNS,
+    PERPLEXITY_COLUMNS,
+    Run,
+    model_speed_rows,
+    perplexity_rows,
+    recall_columns,
+    recall_rows,
+    speed_columns,
+    speed_rows,
+)
+
+MARKED = re.compile(
+    r"(?P<start><!-- results: (?P<path>\S+) -->\n).*?(?P<end><!-- end of results -->)", re.DOTALL
+)
+
+
+def fill(page: str, folder: Path) -> str:
+    """``page`` with every marked table rendered anew from the JSON file it names, below ``folder``."""
+
+    def table(match: re.Match[str]) -> str:
+        content = json.loads((folder / match["path"]).read_text(encoding="utf-8"))
+        return f"{match['start']}{render(content)}{match['end']}"
+
+    return MARKED.sub(table, page)
+
+
+def render(content: dict[str, Any]) -> str:
+    """The content of a results file as Markdown: its table and its origin.
+
+    Knows ``perplexity.json``, ``recall.json``, ``speed.json`` and the attention suite's ``kernels.json``.
+    """
+    runs = content["runs"]
+    if "op" in runs[0]:
+        columns, rows, what = _kernels(runs)
+    elif "prefill_seconds" in runs[0]:
+        columns, rows, what = _speed(content)
+    elif "perplexity" in runs[0]:
+        columns, rows, what = _perplexity(content)
+    else:
+        columns, rows = recall_columns(runs), recall_rows(runs)
+        what = f"{content['samples']} samples per distance, passages of {content['passage']} tokens"
+        what = f"{what}; {content['data']}"
+    lines = [_line(columns), _line(["---", *["---:"] * (len(columns) - 1)]), *map(_line, rows)]
+    table = "\n".join(lines)
+    return f"{table}\n\n`{content['environment']['command']}`: {what}. {_origin(content)}\n"
+
+
+Table = tuple[Sequence[str], list[list[str]], str]
+"""Columns, rows, and what was measured."""
+
+
+def _kernels(runs: Sequence[Run]) -> Table:
+    shape = runs[0]["shape"]
+    what = (
+        f"time of SDPA's default over the provider's, quantisation included; batch × length, causal,"
+        f" {shape['heads']} / {shape['kv_heads']} heads"
+    )
+    return speed_columns(runs), speed_rows(runs), what
+
+
+def _speed(content: dict[str, Any]) -> Table:
+    columns = [column.replace("\n", " ") for column in MODEL_SPEED_COLUMNS]
+    cut = "" if content["layers"] == content["full_layers"] else f" cut to {content['layers']} layers"
+    what = (
+        f"{content['model']}{cut}, {content['weights']} weights; × is against SDPA; medians of"
+        f" {content['repeats']} passes, {content['new_tokens']} decoded tokens"
+    )
+    return columns, model_speed_rows(content["runs"]), what
+
+
+def _perplexity(content: dict[str, Any]) -> Table:
+    columns, rows = list(PERPLEXITY_COLUMNS), perplexity_rows(content["runs"])
+    corpora = content["corpora"]
+    if len(corpora) > 1:
+        columns.insert(1, "text")
+        for row, run in zip(rows, content["runs"], strict=True):
+            row.insert(1, run["data"])
+    task = content["recall"]
+    texts = "; ".join(f"{corpus['name']}, {corpus['tokens']:,} tokens" for corpus in corpora)
+    what = (
+        f"{texts}; context {content['context']:,}, stride {content['stride']:,}; ± of the"
+        f" {100 * content['bootstrap']['confidence']:.0f} % interval; recall: {task['samples']} passages of"
+        f" {task['passage']} tokens, repeated {task['distance']:,} tokens later"
+    )
+    return columns, rows, what
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _origin(content: dict[str, Any]) -> str:
+    where = content["environment"]
+    return (
+        f"{where['hardware']}, {where['dtype']}, PyTorch {where['torch']},"
+        f" Triton {where['triton']}, Transformers {where['transformers']}, {where['date'][:10]}."
+    )
+
+
+def main(paths: Sequence[str]) -> None:
+    """Rewrites the marked tables of the pages at ``paths``."""
+    for path in map(Path, paths):
+        path.write_text(fill(path.read_text(encoding="utf-8"), Path.cwd()), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
