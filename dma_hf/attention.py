@@ -12,11 +12,10 @@ from torch.nn.functional import scaled_dot_product_attention
 from .config import DMAConfig
 from .masks import has_holes, padding_ranges, query_ranges
 from .modifiers import NO_MODIFIERS, Modifiers
+from .operator import attention
 from .policy import choose_backend, device_capability, runs_on_sdpa
 from .presets import resolve
 from .quantization import INPUT_DTYPES
-from .reference import reference_attention
-from .triton_backend import triton_attention
 
 
 def diagonal_tiled_attention(
@@ -176,8 +175,9 @@ def _forward(
             query, key, value, is_causal=causal, scale=scale, enable_gqa=query.shape[1] != key.shape[1]
         )
     backend = choose_backend(config, query.device, query.shape[-1], value.shape[-1])
-    run = triton_attention if backend == "triton" else reference_attention
-    return run(query, key, value, causal=causal, scale=scale, config=config, modifiers=modifiers)
+    return attention(
+        query, key, value, causal=causal, scale=scale, config=config, modifiers=modifiers, backend=backend
+    )
 
 
 class _ForwardOnly(torch.autograd.Function):

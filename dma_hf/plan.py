@@ -30,26 +30,34 @@ class Plan:
     via_memory: bool
 
 
-def make_plan(config: DMAConfig, capability: int, head_dim: int, value_dim: int, element_size: int) -> Plan:
+def make_plan(
+    config: DMAConfig,
+    capability: int,
+    head_dim: int,
+    value_dim: int,
+    element_size: int,
+    masked: bool = False,
+) -> Plan:
     """The plan for a GPU of compute capability `capability` (90 for sm_90).
 
     Args:
         config: formats and tile.
         head_dim, value_dim: D and Dv.
         element_size: bytes of an element of V.
+        masked: whether a mask is loaded tile by tile.
     """
     low_kind, high_kind = operand_kind(config.low, capability), operand_kind(config.high, capability)
     return Plan(
         low_kind,
         high_kind,
-        choose_blocks(capability, head_dim, value_dim, element_size, low_kind, config.tile),
+        choose_blocks(capability, head_dim, value_dim, element_size, low_kind, config.tile, masked),
         use_tma=capability >= 90 and not interpreting(),
         via_memory=capability == 90,
     )
 
 
-def plan_call(query: Tensor, value: Tensor, config: DMAConfig) -> Plan:
+def plan_call(query: Tensor, value: Tensor, config: DMAConfig, masked: bool = False) -> Plan:
     """The plan for one call on the device of its tensors."""
     capability = device_capability(query.device)
     element_size = 1 if config.pv == "fp8" else value.element_size()
-    return make_plan(config, capability, query.shape[-1], value.shape[-1], element_size)
+    return make_plan(config, capability, query.shape[-1], value.shape[-1], element_size, masked)

@@ -178,7 +178,9 @@ def _attend(
             cap = modifiers.softcap * LOG2_E
             scores = cap * torch.tanh(scores / cap)
         if modifiers.mask is not None:
-            scores = scores + modifiers.mask[..., rows, :visible]
+            mask = modifiers.mask[..., rows, :visible]
+            # not by addition alone: a hidden NaN stays hidden
+            scores = (scores + mask).masked_fill(mask == -torch.inf, -torch.inf)
         keys = torch.arange(visible, device=query.device)
         if ranges is not None:
             seen = (keys >= ranges[rows, START, None]) & (keys < ranges[rows, STOP, None])

@@ -19,7 +19,9 @@ def key_mean(key: Tensor) -> Tensor:
     rounding.
     """
     key = key.float()
-    return torch.where(key.isfinite(), key, 0.0).mean(dim=-2, keepdim=True)
+    total = torch.where(key.isfinite(), key, 0.0).sum(dim=-2, keepdim=True)
+    # a tensor divides; a Python number, or `mean`, multiplies by its inverse on a GPU: another last bit
+    return total / torch.full((), key.shape[-2], device=key.device)
 
 
 def hadamard_size(head_dim: int) -> int:

@@ -29,7 +29,13 @@ class Blocks:
 
 
 def choose_blocks(
-    capability: int, head_dim: int, value_dim: int, element_size: int, low_kind: OperandKind, tile: int
+    capability: int,
+    head_dim: int,
+    value_dim: int,
+    element_size: int,
+    low_kind: OperandKind,
+    tile: int,
+    masked: bool = False,
 ) -> Blocks:
     """The configuration for one call.
 
@@ -39,6 +45,7 @@ def choose_blocks(
         element_size: bytes of an element of V.
         low_kind: operand of the low tiles, which are nearly all tiles.
         tile: side of a precision tile; every block divides it.
+        masked: whether a mask is loaded tile by tile, which takes shared memory, too.
     """
     dim = max(head_dim, value_dim)
     if element_size == 4:  # float32: room in shared memory and registers decides, not speed
@@ -67,4 +74,8 @@ def choose_blocks(
     else:
         # dequantised 16-bit K and V fill the shared memory with one program, so 8 warps share it
         blocks = Blocks(128, 128, 64, 8, 3)
+    if masked:
+        blocks = replace(
+            blocks, n=min(blocks.n, 64), high_n=min(blocks.high_n, 64), stages=min(blocks.stages, 2)
+        )
     return replace(blocks, m=min(blocks.m, tile), n=min(blocks.n, tile), high_n=min(blocks.high_n, tile))

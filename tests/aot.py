@@ -7,7 +7,7 @@ into a compilation: the code under test runs unchanged, and the compiled kernels
 As a command it compiles attention for a list of cases and prints a report of each kernel, one JSON object
 a line. Compilation and Triton's interpreter exclude each other in one process, so tests call it that way:
 
-    python tests/aot.py 100:paper:128 90:low=mxfp4,high=mxfp8:64
+    python tests/aot.py 100:paper:128 90:low=mxfp4,high=mxfp8:64 90:paper:128:ranges+softcap
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ from triton.runtime.jit import JITFunction
 from dma_hf import DMAConfig
 from dma_hf.kernels.attention import attend_quantized
 from dma_hf.kernels.quantize import quantize_key
+from dma_hf.masks import key_ranges_of, query_ranges
+from dma_hf.modifiers import Modifiers
 from dma_hf.plan import make_plan
 
 
@@ -80,10 +82,33 @@ def capture(capability: int, repair: bool = True) -> Iterator[list[Any]]:
         triton.runtime.driver._active = previous
 
 
+FEATURES = ("ranges", "bool", "bias", "softcap", "sinks")
+"""What a call may add: see `make_modifiers`."""
+
+
+def make_modifiers(features: str, heads: int, length: int, dtype: torch.dtype) -> Modifiers:
+    """The modifiers that `features` names, joined by "+": a window, a bool mask, a bias, softcap, sinks."""
+    names = features.split("+") if features else []
+    if unknown := set(names) - set(FEATURES):
+        raise ValueError(f"features {sorted(unknown)} are not among {FEATURES}")
+    mask = None
+    if "bool" in names:
+        mask = torch.ones(1, 1, length, length, dtype=torch.bool)
+    elif "bias" in names:
+        mask = torch.zeros(1, heads, length, length, dtype=dtype)
+    return Modifiers(
+        query_ranges=query_ranges(length, length, causal=True, left=300) if "ranges" in names else None,
+        mask=mask,
+        softcap=30.0 if "softcap" in names else None,
+        sinks=torch.zeros(heads) if "sinks" in names else None,
+    )
+
+
 def compile_attention(
     capability: int,
     config: DMAConfig,
     head_dim: int = 128,
+    features: str = "",
     dtype: torch.dtype = torch.bfloat16,
     causal: bool = True,
     repair: bool = False,
@@ -91,10 +116,15 @@ def compile_attention(
     """The kernels of one attention call, in the order of launch: what a GPU of that capability would run."""
     shape = (1, 2, 1024, head_dim)
     query, key, value = (torch.zeros(shape, dtype=dtype) for _ in range(3))
+    modifiers = make_modifiers(features, *shape[1:3], dtype)
+    ranges = None if modifiers.query_ranges is None else key_ranges_of(modifiers.query_ranges)
     plan = make_plan(config, capability, head_dim, head_dim, dtype.itemsize)
     with capture(capability, repair) as compiled:
-        quantized = quantize_key(key, config, plan.low_kind, plan.high_kind)
-        attend_quantized(query, key, value, quantized, causal=causal, scale=0.1, config=config, plan=plan)
+        quantized = quantize_key(key, config, plan.low_kind, plan.high_kind, ranges)
+        attend_quantized(
+            query, key, value, quantized, causal=causal, scale=0.1, config=config, plan=plan,
+            modifiers=modifiers, key_ranges=ranges,
+        )  # fmt: skip
     return compiled
 
 
@@ -180,12 +210,12 @@ def inspect_kernel(kernel: Any, assembler_log: str = "") -> Report:
     )
 
 
-def report_attention(capability: int, config: DMAConfig, head_dim: int) -> list[Report]:
+def report_attention(capability: int, config: DMAConfig, head_dim: int, features: str = "") -> list[Report]:
     """Compile one attention call and report its kernels."""
     log = io.StringIO()
     with triton.knobs.nvidia.scope(), contextlib.redirect_stdout(log):
         triton.knobs.nvidia.dump_ptxas_log = True  # Triton prints it
-        kernels = compile_attention(capability, config, head_dim)
+        kernels = compile_attention(capability, config, head_dim, features)
     return [inspect_kernel(kernel, log.getvalue()) for kernel in kernels]
 
 
@@ -195,11 +225,13 @@ def main() -> None:
         epilog="Set TRITON_CACHE_DIR to an empty folder: a kernel from the cache has no assembler notes.",
     )
     parser.add_argument(
-        "cases", nargs="+", metavar="CAPABILITY:CONFIG:HEAD_DIM", help="for instance 100:paper:128"
-    )
+        "cases", nargs="+", metavar="CAPABILITY:CONFIG:HEAD_DIM[:FEATURES]",
+        help=f"for instance 100:paper:128 or 90:paper:128:ranges+softcap; features: {', '.join(FEATURES)}",
+    )  # fmt: skip
     for case in parser.parse_args().cases:
-        capability, config, head_dim = case.split(":")
-        for report in report_attention(int(capability), DMAConfig.parse(config), int(head_dim)):
+        capability, config, head_dim, *features = case.split(":")
+        setting = DMAConfig.parse(config)
+        for report in report_attention(int(capability), setting, int(head_dim), "".join(features)):
             print(json.dumps({"case": case, **asdict(report)}), flush=True)
 
 

@@ -68,9 +68,23 @@ def laid_out(x: Tensor, layout: str) -> Tensor:
 SMALL_TILES = DMAConfig(tile=32, diagonal=32, sink=32)
 
 
+MASKS = ("dense", "sparse", "empty rows", "additive", "infinite", "bias")
+"""Kinds of `attn_mask`: bool that hides a little, much, or whole rows; additive with the smallest float or
+-inf for "not seen"; a position bias, which hides nothing."""
+
+
 @dataclass(frozen=True)
 class Case:
-    """One call of the attention. `real` holds a padded row's real tokens, as shares of N."""
+    """One call of the attention.
+
+    Attributes:
+        lengths: M and N. dims: D and Dv. heads: H and Hkv.
+        real: a padded row's real tokens, as shares of N; rows take turns.
+        sequences: lengths of packed sequences, again from the first when they are used up.
+        window: `sliding_window`.
+        mask: one of `MASKS`, or "". mask_shape: its batch and heads; "B1", "1H", "11" or "BH".
+        bad_key: what one number of K becomes: NaN or an infinity.
+    """
 
     config: DMAConfig = SMALL_TILES
     lengths: tuple[int, int] = (129, 129)
@@ -79,11 +93,18 @@ class Case:
     batch: int = 1
     causal: bool = True
     real: tuple[tuple[float, float], ...] = ()
+    sequences: tuple[int, ...] = ()
+    window: int | None = None
+    mask: str = ""
+    mask_shape: str = "11"
+    softcap: float | None = None
+    sinks: bool = False
+    bad_key: float | None = None
     dtype: torch.dtype = torch.bfloat16
     layout: str = "transposed"
 
     def inputs(self, device: torch.device = DEVICE, seed: int = 0) -> dict[str, Any]:
-        """Query, key, value and padding mask, on `device`.
+        """The tensors of the call, on `device`, by the names that `diagonal_tiled_attention` gives them.
 
         Keys have large channel means, for smoothing to remove. They lie on a grid on which float32 sums
         are exact: the mean does not depend on the order of addition.
@@ -100,25 +121,56 @@ class Case:
             "key": (key * 16).round().clamp(-255, 255) / 16,
             "value": normal(self.batch, kv_heads, n, dv),
         }
+        if self.bad_key is not None:
+            values["key"][-1, -1, n // 2, d // 2] = self.bad_key
         tensors: dict[str, Any] = {
             name: laid_out(x.to(self.dtype).to(device), self.layout) for name, x in values.items()
         }
         if self.real:
-            mask = torch.zeros(self.batch, n, dtype=torch.bool)
+            padding = torch.zeros(self.batch, n, dtype=torch.bool)
             for row in range(self.batch):
                 start, stop = self.real[row % len(self.real)]
-                mask[row, round(start * n) : round(stop * n)] = True
-            tensors["padding_mask"] = mask.to(device)
+                padding[row, round(start * n) : round(stop * n)] = True
+            tensors["padding_mask"] = padding.to(device)
+        if self.sequences:
+            lengths = list(itertools.islice(itertools.cycle(self.sequences), n))
+            ids = torch.arange(n).repeat_interleave(torch.tensor(lengths))[:n]
+            tensors["sequence_ids"] = ids.expand(self.batch, -1).to(device)
+        if self.mask:
+            tensors["attn_mask"] = self._mask(generator).to(device)
+        if self.sinks:
+            tensors["sinks"] = (2 * normal(heads)).to(self.dtype).to(device)
         return tensors
 
+    def _mask(self, generator: torch.Generator) -> Tensor:
+        batch = self.batch if self.mask_shape[0] == "B" else 1
+        heads = self.heads[0] if self.mask_shape[1] == "H" else 1
+        size = (batch, heads, *self.lengths)
+        if self.mask == "bias":  # falls with distance, as T5's and ALiBi's do
+            distance = torch.arange(size[3]) - torch.arange(size[2])[:, None] + size[2] - size[3]
+            bias = torch.randn(size, generator=generator) - 0.05 * distance.abs()
+            return bias.to(self.dtype)
+        seen = torch.rand(size, generator=generator) < (0.7 if self.mask == "dense" else 0.05)
+        if self.mask not in ("dense", "sparse"):
+            # whole blocks are hidden, and some rows see nothing
+            blocks = torch.rand((*size[:2], -(-size[2] // 40), -(-size[3] // 24)), generator=generator) < 0.4
+            seen |= blocks.repeat_interleave(40, 2).repeat_interleave(24, 3)[..., : size[2], : size[3]]
+            seen &= torch.rand((*size[:3], 1), generator=generator) < 0.9
+        if self.mask not in ("additive", "infinite"):
+            return seen
+        hidden = torch.finfo(self.dtype).min if self.mask == "additive" else -torch.inf
+        return torch.where(seen, torch.randn(size, generator=generator), hidden).to(self.dtype)
 
-def run(case: Case, inputs: dict[str, Any], backend: str) -> Tensor:
-    """The attention of a case by the reference (on the CPU) or by the kernels (on DEVICE)."""
-    device = DEVICE if backend == "triton" else torch.device("cpu")
+
+def run(case: Case, inputs: dict[str, Any], backend: str, device: torch.device | None = None) -> Tensor:
+    """The attention of a case by the kernels (on DEVICE) or by the reference (on the CPU), or on `device`."""
+    device = device or (DEVICE if backend == "triton" else torch.device("cpu"))
     # .to keeps a tensor that is there already, strides and all
     moved = {name: x.to(device) for name, x in inputs.items()}
     config = replace(case.config, backend=backend)  # type: ignore[arg-type]
-    return diagonal_tiled_attention(**moved, causal=case.causal, config=config)
+    return diagonal_tiled_attention(
+        **moved, causal=case.causal, config=config, sliding_window=case.window, softcap=case.softcap
+    )
 
 
 def relative_error(out: Tensor, expected: Tensor) -> float:
@@ -127,13 +179,19 @@ def relative_error(out: Tensor, expected: Tensor) -> float:
     return ((out - expected).norm() / expected.norm().clamp(min=1e-30)).item()
 
 
+def tolerance(case: Case) -> float:
+    """The largest relative error that a case's kernels may have: its dtype rounds the probabilities."""
+    return 1e-5 if case.dtype == torch.float32 else 2e-3
+
+
 def check(case: Case, seed: int = 0) -> None:
-    """The kernels agree with the reference."""
+    """The kernels agree with the reference, also on which rows are NaN."""
     inputs = case.inputs(seed=seed)
-    out, expected = run(case, inputs, "triton"), run(case, inputs, "reference")
+    out, expected = run(case, inputs, "triton").cpu(), run(case, inputs, "reference")
     assert out.shape == expected.shape
     assert out.dtype == expected.dtype
-    assert relative_error(out, expected) <= (1e-5 if case.dtype == torch.float32 else 2e-3)
+    assert torch.equal(out.isnan(), expected.isnan())
+    assert relative_error(out.nan_to_num(), expected.nan_to_num()) <= tolerance(case)
 
 
 def pairwise(**axes: tuple[Any, ...]) -> Iterator[dict[str, Any]]:

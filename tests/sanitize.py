@@ -27,13 +27,22 @@ CASES = (
     Case(DMAConfig.parse(f"{TILES},low=int8"), lengths=(17, 17), layout="unaligned", dtype=torch.float32),
     Case(DMAConfig.parse(f"{TILES},low=none,high=none"), lengths=(100, 33), dims=(32, 96)),
     Case(DMAConfig.parse(TILES), lengths=(150, 150), batch=2, real=((0.3, 1.0), (0.0, 0.6))),
+    Case(DMAConfig.parse(f"{TILES},low=mxfp4"), lengths=(150, 150), sequences=(40, 3, 1), batch=2),
+    Case(DMAConfig.parse(TILES), lengths=(100, 150), window=20, real=((0.1, 0.9),), causal=False),
+    Case(DMAConfig.parse(TILES), lengths=(75, 101), mask="empty rows", mask_shape="BH", batch=2),
+    Case(
+        DMAConfig.parse(f"{TILES},low=int8"), lengths=(101, 75), mask="additive", causal=False, softcap=20.0
+    ),
+    Case(DMAConfig.parse(TILES), lengths=(99, 99), mask="bias", mask_shape="1H", window=50, sinks=True),
+    Case(DMAConfig.parse(TILES), lengths=(99, 99), window=50, bad_key=float("nan")),
 )
 
 
 def main() -> None:
     for case in CASES:
         inputs = case.inputs()
-        error = relative_error(run(case, inputs, "triton"), run(case, inputs, "reference"))
+        out, expected = (run(case, inputs, backend).nan_to_num() for backend in ("triton", "reference"))
+        error = relative_error(out, expected)
         torch.cuda.synchronize()
         print(f"{case}: relative error {error:.1e}", flush=True)
         if not error <= 2e-3:

@@ -51,6 +51,39 @@ KV = torch.ones(2, 2, 7, 16)
             NotImplementedError,
             r"padding_mask has padding between real tokens",
         ),
+        ({"padding_mask": torch.ones(2, 7)}, TypeError, r"padding_mask has dtype torch.float32"),
+        ({"sequence_ids": [[0] * 7] * 2}, TypeError, r"sequence_ids must be a tensor of integers"),
+        ({"sequence_ids": torch.zeros(2, 7)}, TypeError, r"sequence_ids must be a tensor of integers"),
+        (
+            {"sequence_ids": torch.zeros(2, 7).long()},
+            ValueError,
+            r"sequence_ids has shape \[2, 7\] for 5 queries; .* with as many queries as keys",
+        ),
+        (
+            {
+                "query": Q[:, :, :1].expand(2, 4, 7, 16),
+                "sequence_ids": torch.tensor([[0, 0, 1, 1, 0, 0, 0]] * 2),
+            },
+            ValueError,
+            r"sequence_ids decreases along a row",
+        ),
+        ({"sliding_window": 0}, ValueError, r"sliding_window=0 must be at least 1 token"),
+        ({"sliding_window": 4.0}, TypeError, r"sliding_window=4.0 must be an int"),
+        ({"sliding_window": True}, TypeError, r"sliding_window=True must be an int"),
+        ({"attn_mask": [[1.0]]}, TypeError, r"attn_mask is a list"),
+        ({"attn_mask": torch.ones(1, 1, 5, 7).int()}, TypeError, r"attn_mask has dtype torch.int32"),
+        (
+            {"attn_mask": torch.ones(5, 7).bool()},
+            ValueError,
+            r"attn_mask has shape \[5, 7\].*\[2 or 1, 4 or 1",
+        ),
+        ({"attn_mask": torch.ones(1, 2, 5, 7)}, ValueError, r"attn_mask has shape \[1, 2, 5, 7\]"),
+        ({"attn_mask": torch.ones(1, 1, 1, 7)}, ValueError, r"attn_mask has shape \[1, 1, 1, 7\]"),
+        ({"attn_mask": torch.ones(1, 1, 5, 7, device="meta")}, ValueError, r"attn_mask is on meta"),
+        ({"softcap": 0.0}, ValueError, r"softcap=0.0 must be finite and positive"),
+        ({"softcap": "50"}, TypeError, r"softcap='50' must be a number"),
+        ({"sinks": [0.0] * 4}, TypeError, r"sinks must be a tensor of floating-point numbers"),
+        ({"sinks": torch.zeros(2)}, ValueError, r"sinks has shape \[2\]; accepted is \[heads\] = \[4\]"),
         ({"scale": -1.0}, ValueError, r"scale=-1.0 must be finite and positive"),
         ({"scale": 0.0}, ValueError, r"scale=0.0 must be finite and positive"),
     ],
@@ -65,7 +98,7 @@ def test_bad_input_is_named(arguments, error, message):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_output_has_the_shape_and_dtype_it_promises(dtype):
-    out = diagonal_tiled_attention(Q.to(dtype), KV.to(dtype), KV[..., :3].to(dtype))
+    out = diagonal_tiled_attention(Q.to(dtype), KV.to(dtype), KV[..., :3].to(dtype), config=DMAConfig())
     assert out.shape == (2, 4, 5, 3)
     assert out.dtype == dtype
     assert torch.equal(out, torch.ones_like(out))  # the mean of equal values
@@ -74,7 +107,8 @@ def test_output_has_the_shape_and_dtype_it_promises(dtype):
 def test_arguments_that_may_be_left_out():
     g = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, 2, 40, 32, generator=g) for _ in range(3))
-    expected = diagonal_tiled_attention(q, k, v, causal=True, scale=32**-0.5, config=DMAConfig())
+    auto = DMAConfig.preset("auto")
+    expected = diagonal_tiled_attention(q, k, v, causal=True, scale=32**-0.5, config=auto)
     assert torch.equal(diagonal_tiled_attention(q, k, v), expected)
 
 

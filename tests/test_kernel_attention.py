@@ -29,6 +29,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from dma_hf import DMAConfig, diagonal_tiled_attention
 from dma_hf.kernels.attention import attend_quantized
 from dma_hf.kernels.quantize import quantize_key
+from dma_hf.masks import query_ranges
 from dma_hf.plan import Plan
 from dma_hf.tuning import Blocks
 
@@ -316,21 +317,25 @@ def test_auto_on_a_cpu_is_the_reference_even_under_the_interpreter(no_launch):
 # --- the custom op ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("padded", [False, True])
-def test_the_operator_is_well_formed(padded):
+SETTING = (True, 0.125, "nvfp4", "mxfp8", 32, 32, 32, True, False, "floor", "none")
+
+
+@pytest.mark.parametrize("modified", [False, True])
+def test_the_operator_is_well_formed(modified):
     inputs = Case(lengths=(20, 40), dims=(64, 32)).inputs()
-    ranges = torch.tensor([[3, 40]], dtype=torch.int32, device=DEVICE) if padded else None
-    arguments = (
-        *inputs.values(), ranges, True, 0.125, "nvfp4", "mxfp8", 32, 32, 32, True, False, "floor",
-    )  # fmt: skip
-    torch.library.opcheck(torch.ops.dma_hf.attention.default, arguments)
+    modifiers = (None, None, None, None)
+    if modified:
+        ranges = query_ranges(20, 40, causal=True, left=9, device=DEVICE)
+        bias, sinks = torch.zeros(1, 2, 20, 40, device=DEVICE), torch.zeros(2, device=DEVICE)
+        modifiers = (ranges, bias, sinks, 20.0)
+    torch.library.opcheck(torch.ops.dma_hf.attention.default, (*inputs.values(), *modifiers, *SETTING))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("lengths", [(20, 40), (1, 1), (0, 7), (5, 0)])
 def test_the_fake_output_has_the_real_strides(layout, lengths):
     inputs = Case(lengths=lengths, dims=(64, 32), heads=(4, 2), batch=2, layout=layout).inputs()
-    arguments = (None, True, 0.125, "none", "none", 32, 32, 32, True, False, "floor")
+    arguments = (None, None, None, None, *SETTING)
     real = torch.ops.dma_hf.attention(*inputs.values(), *arguments)
     fake = torch.ops.dma_hf.attention(*(x.to("meta") for x in inputs.values()), *arguments)
     assert (fake.shape, fake.dtype, fake.stride()) == (real.shape, real.dtype, real.stride())

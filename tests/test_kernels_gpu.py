@@ -1,4 +1,4 @@
-"""The kernels at full size on a GPU: long sequences, 64-bit offsets, compilation, CUDA graphs, memory."""
+"""The kernels at full size on a GPU: lengths, masks, 64-bit offsets, compilation, CUDA graphs, memory."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from kernel_cases import Case, laid_out, relative_error
+from kernel_cases import DEVICE, Case, laid_out, relative_error, run
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+from triton.testing import do_bench
 
-from dma_hf import DMAConfig, diagonal_tiled_attention
+from dma_hf import DMAConfig, configure, diagonal_tiled_attention
 from dma_hf.reference import reference_attention
 
 pytestmark = pytest.mark.gpu
@@ -108,7 +109,41 @@ def test_layouts(layout):
     assert torch.equal(out, same)
 
 
-def test_padding():
+# the reference walks through all of these rows, too: few heads keep it short
+FULL_SIZE = {
+    "padded": Case(DMAConfig(), (8192, 8192), (128, 128), (4, 2), batch=2, real=((0.3, 1.0), (0.1, 0.6))),
+    "packed": Case(
+        DMAConfig.parse("low=mxfp4"), (16384, 16384), (128, 128), (4, 2), sequences=(5000, 130, 3, 1900)
+    ),
+    "window": Case(DMAConfig(), (32768, 32768), (128, 128), (2, 1), window=4096),
+    "bidirectional window": Case(
+        DMAConfig.parse("low=int8"), (16384, 16384), (64, 64), (2, 1), window=500, causal=False
+    ),
+    "bool": Case(
+        DMAConfig.parse("low=mxfp4"), (8192, 8192), (128, 128), (4, 2), mask="empty rows", causal=False
+    ),
+    "additive": Case(
+        DMAConfig(), (8192, 8192), (128, 128), (4, 2), batch=2, mask="additive", mask_shape="B1", causal=False
+    ),
+    "bias and padding": Case(
+        DMAConfig(), (8192, 8192), (64, 64), (4, 2), mask="bias", mask_shape="1H", real=((0.2, 1.0),)
+    ),
+    "softcap and sinks": Case(
+        DMAConfig(), (32768, 32768), (128, 128), (2, 1), softcap=30.0, sinks=True, window=8192
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FULL_SIZE)
+def test_masks(name):
+    case = FULL_SIZE[name]
+    inputs = case.inputs()
+    out, expected = run(case, inputs, "triton"), run(case, inputs, "reference", DEVICE)
+    assert out.isfinite().all()
+    assert relative_error(out, expected) <= 2e-3
+
+
+def test_a_padded_row_is_what_it_is_alone():
     case = Case(DMAConfig(), (3000, 3000), (128, 128), (4, 2), batch=2, real=((0.3, 1.0), (0.0, 0.6)))
     inputs = case.inputs()
     out = diagonal_tiled_attention(**inputs)
@@ -116,6 +151,16 @@ def test_padding():
         real = inputs["padding_mask"][row]
         alone = [inputs[name][row : row + 1, :, real] for name in ("query", "key", "value")]
         assert relative_error(out[row : row + 1, :, real], diagonal_tiled_attention(*alone)) <= 1e-3
+
+
+def test_a_window_visits_no_more_than_the_window():
+    query, key, value = (normal(1, heads, 32768, 128, seed=heads) for heads in (32, 8, 8))
+    full, window = (
+        do_bench(lambda size=size: diagonal_tiled_attention(query, key, value, sliding_window=size))
+        for size in (None, 4096)
+    )
+    # 4k of 16k keys that a causal query sees on average: 4.3 times fewer, plus the window's edges
+    assert full / window >= 3
 
 
 def test_more_than_2_to_the_31_elements_of_query():
@@ -182,6 +227,26 @@ def test_extra_memory(config):
     assert extra <= 1.2 * (key.nbytes + value.nbytes)
 
 
+@pytest.mark.parametrize("options", ["padding_mask", "sequence_ids", "sliding_window"])
+def test_ranges_take_no_memory_of_n_by_n(options):
+    batch, length = 4, 32768
+    query, key, value = (normal(batch, heads, length, 128, seed=heads) for heads in (8, 2, 2))
+    positions = torch.arange(length, device="cuda").expand(batch, -1)
+    given = {
+        "padding_mask": positions >= torch.tensor([[9000], [0], [500], [32000]], device="cuda"),
+        "sequence_ids": positions // 5000,
+        "sliding_window": 4096,
+    }
+    call = {options: given[options]}
+    out = diagonal_tiled_attention(query, key, value, **call)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated() - out.nbytes
+    torch.cuda.reset_peak_memory_stats()
+    out = diagonal_tiled_attention(query, key, value, **call)
+    extra = torch.cuda.max_memory_allocated() - before - 2 * out.nbytes
+    assert extra <= 1.2 * (key.nbytes + value.nbytes)  # a mask of one byte an element: 4 GiB
+
+
 @pytest.fixture(scope="module")
 def llama() -> LlamaForCausalLM:
     torch.manual_seed(0)
@@ -190,6 +255,47 @@ def llama() -> LlamaForCausalLM:
         num_key_value_heads=2, head_dim=64, max_position_embeddings=2048,
     )  # fmt: skip
     return LlamaForCausalLM._from_config(config, attn_implementation="dma").eval().to("cuda", torch.bfloat16)
+
+
+@pytest.fixture(scope="module")
+def mistral() -> MistralForCausalLM:
+    torch.manual_seed(0)
+    config = MistralConfig(
+        vocab_size=128, hidden_size=256, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=64, max_position_embeddings=4096, sliding_window=300,
+    )  # fmt: skip
+    return (
+        MistralForCausalLM._from_config(config, attn_implementation="dma").eval().to("cuda", torch.bfloat16)
+    )
+
+
+@pytest.mark.parametrize("batch", ["padded", "packed", "window"])
+def test_a_model_is_equal_to_sdpas(batch, llama, mistral):
+    length = 2000
+    positions = torch.arange(length, device="cuda").expand(2, -1)
+    real = positions >= torch.tensor([[700], [0]], device="cuda")
+    call, model, compared = {"use_cache": False}, llama, slice(None)
+    if batch == "packed":
+        call["position_ids"] = positions % 700
+    elif batch == "padded":
+        call["attention_mask"], compared = real.long(), real
+    else:
+        model = mistral
+    tokens = torch.randint(
+        2, 128, (2, length), device="cuda", generator=torch.Generator("cuda").manual_seed(0)
+    )
+    exact = DMAConfig(low="none", high="none")
+    setting = model.config.dma_config if hasattr(model.config, "dma_config") else None
+    try:
+        configure(model, exact)
+        with torch.inference_mode():
+            out = model(tokens, **call).logits
+            model.set_attn_implementation("sdpa")
+            expected = model(tokens, **call).logits
+    finally:
+        model.set_attn_implementation("dma")
+        configure(model, DMAConfig() if setting is None else DMAConfig.from_dict(setting))
+    assert relative_error(out[compared], expected[compared]) <= 2e-2
 
 
 def test_a_model_compiles_without_graph_breaks(llama):

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import json
+import warnings
 
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import (
     AutoModelForCausalLM,
     BertConfig,
@@ -21,12 +23,14 @@ from transformers import (
     MistralForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
     StaticCache,
 )
 
 import dma_hf.plugin
-from dma_hf import DMAConfig, configure
-from dma_hf.policy import MAX_DECODE_QUERIES
+from dma_hf import DMAConfig, DMAFallbackWarning, configure, diagonal_tiled_attention
+from dma_hf.policy import MAX_DECODE_QUERIES, warn_fallback
 
 EXACT = DMAConfig(low="none", high="none")
 SMALL_TILES = DMAConfig(low="mxfp4", tile=16, diagonal=16, sink=16)
@@ -228,11 +232,15 @@ def test_configure_again_takes_effect(tiny_llama, tokens):
     assert torch.equal(logits(model, ids), coarse)
 
 
-def test_a_model_that_was_never_configured_runs_the_default(tiny_llama, tokens):
-    ids = tokens(1, 200)
+def test_a_model_that_was_never_configured_runs_the_preset_auto(tiny_llama, tokens):
+    # padded: calls without a mask that are as short as this one stay on SDPA
+    ids, mask = tokens(2, 200), padding_mask((9, 191, 0), (0, 200, 0))
     model = copy.deepcopy(tiny_llama)
     model.set_attn_implementation("dma")
-    assert torch.equal(logits(model, ids), logits(as_dma(tiny_llama, DMAConfig()), ids))
+    actual = logits(model, ids, attention_mask=mask)
+    assert torch.equal(actual, logits(as_dma(tiny_llama, DMAConfig.preset("auto")), ids, attention_mask=mask))
+    exact = logits(tiny_llama, ids, attention_mask=mask)
+    assert 1e-4 < (actual - exact)[mask.bool()].abs().max() < 10.0
 
 
 def test_save_and_load_keep_the_setting(tiny_llama, tokens, tmp_path):
@@ -268,21 +276,42 @@ def test_a_broken_setting_in_config_json_is_named(tiny_llama, tokens):
         logits(model, tokens(1, 20))
 
 
-# --- what is refused ---------------------------------------------------------------------------------------
+# --- every mask and feature that SDPA serves ---------------------------------------------------------------
 
 
-def refused(model, match: str, ids: Tensor, **inputs: object) -> None:
-    with pytest.raises(NotImplementedError, match=match) as caught:
-        logits(model, ids, **inputs)
-    assert "sdpa" in str(caught.value)  # what to do instead
-    assert "\n" not in str(caught.value)
+def assert_equals_sdpa(model, ids: Tensor, real: Tensor | None = None, **inputs: object) -> None:
+    """The logits of `model` and of its copy on dma, at `real` tokens where given."""
+    expected, actual = logits(model, ids, **inputs), logits(as_dma(model), ids, **inputs)
+    assert actual.isfinite().all()
+    if real is not None:
+        expected, actual = expected[real.bool()], actual[real.bool()]
+    torch.testing.assert_close(actual, expected, atol=1e-5 * max(1.0, expected.abs().max().item()), rtol=0)
 
 
-@pytest.mark.parametrize("window", [30, 64])
-def test_a_sliding_window_is_refused(tiny_model, tokens, window):
-    """Longer than the prompt too: the mask function does not say that it would be plain causal."""
-    model = tiny_model(MistralConfig, MistralForCausalLM, "dma", sliding_window=window)
-    refused(model, r"sliding-window or chunked mask \(of \d+ tokens\)", tokens(1, 40))
+PADDED = {
+    "full": None,
+    "left": padding_mask((13, 27, 0), (0, 40, 0)),
+    "right": padding_mask((0, 27, 13), (0, 40, 0)),
+}
+each_padding = pytest.mark.parametrize("mask", PADDED.values(), ids=PADDED)
+
+
+@each_padding
+@pytest.mark.parametrize("window", [1, 8, 30, 64])
+def test_a_sliding_window(tiny_model, tokens, window, mask, calls):
+    model = tiny_model(MistralConfig, MistralForCausalLM, "sdpa", sliding_window=window)
+    assert_equals_sdpa(model, tokens(2, 40), mask, attention_mask=mask)
+    assert calls == {"dma": 2, "sdpa": 0}
+
+
+@each_padding
+def test_layers_that_alternate_windows_and_full_attention(tiny_model, tokens, mask, calls):
+    model = tiny_model(
+        Qwen3Config, Qwen3ForCausalLM, "sdpa", use_sliding_window=True, sliding_window=8,
+        layer_types=["sliding_attention", "full_attention"],
+    )  # fmt: skip
+    assert_equals_sdpa(model, tokens(2, 40), mask, attention_mask=mask)
+    assert calls == {"dma": 2, "sdpa": 0}
 
 
 def test_a_decode_step_with_a_sliding_window_is_sdpas(tiny_model, tokens, calls):
@@ -297,103 +326,289 @@ def test_a_decode_step_with_a_sliding_window_is_sdpas(tiny_model, tokens, calls)
     assert calls == {"dma": 0, "sdpa": 2}
 
 
-def test_a_prompt_into_a_static_cache_is_refused(tiny_llama, tokens):
-    model = as_dma(tiny_llama)
-    cache = StaticCache(config=model.config, max_cache_len=64)
-    refused(model, "static cache", tokens(1, 40), past_key_values=cache)
-
-
-def refused_on_a_cache(model, match: str, ids: Tensor) -> None:
-    """One query on a cache that SDPA or eager attention filled."""
-    filler = copy.deepcopy(model)
-    filler.set_attn_implementation("eager")
-    cache = DynamicCache(config=model.config)
-    logits(filler, ids[:, :-1], past_key_values=cache)
-    refused(model, match, ids[:, -1:], past_key_values=cache)
-
-
-def test_logit_softcapping_is_refused(tiny_model, tokens):
-    model = tiny_model(Gemma2Config, Gemma2ForCausalLM, "dma")
-    refused(model, r"soft-capping|sliding-window", tokens(1, 40))  # Gemma 2 has both
-    refused_on_a_cache(model, r"logit soft-capping \(softcap\)", tokens(1, 41))
-
-
-def test_learned_attention_sinks_are_refused(tiny_model, tokens):
-    model = tiny_model(
-        GptOssConfig, GptOssForCausalLM, "dma", num_local_experts=2, num_experts_per_tok=1,
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
-    )  # fmt: skip
-    refused(model, r"attention sinks|sliding-window", tokens(1, 40))  # GPT-OSS has both
-    refused_on_a_cache(model, r"attention sinks \(s_aux\)", tokens(1, 41))
-
-
-@pytest.mark.parametrize(
-    ("arguments", "match"),
-    [
-        ({"softcap": 50.0}, r"logit soft-capping \(softcap\)"),
-        ({"s_aux": torch.zeros(4)}, r"attention sinks \(s_aux\)"),
-        ({"position_bias": torch.zeros(1, 4, 40, 40)}, r"position bias \(position_bias\)"),
-        ({"cache": object()}, r"continuous batching \(cache\)"),
-        ({"cu_seq_lens_q": torch.tensor([0, 20, 40])}, r"packed sequences \(cu_seq_lens_q\)"),
-        ({"sliding_window": 39}, r"sliding_window=39"),
-        ({"is_causal": False}, r"is_causal=False"),
-        ({"dropout": 0.1}, r"dropout=0.1"),
-        ({"attention_mask": torch.zeros(1, 1, 40, 40)}, r"custom attention mask of shape \[1, 1, 40, 40\]"),
-    ],
-    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
-)
-def test_what_a_layer_asks_for_and_is_refused_is_named_with_the_layer(tiny_llama, arguments, match):
-    layer = tiny_llama.model.layers[1].self_attn
-    q, kv = torch.ones(1, 4, 40, 16), torch.ones(1, 2, 40, 16)
-    with pytest.raises(NotImplementedError, match=rf"layer 1 \(LlamaAttention\).*{match}"):
-        dma_hf.plugin.dma_attention_forward(layer, q, kv, kv, **{"attention_mask": None, **arguments})
-
-
-def test_a_layer_whose_window_holds_the_whole_prompt_is_served(tiny_llama):
-    layer = tiny_llama.model.layers[0].self_attn
-    q, kv = torch.ones(1, 4, 40, 16), torch.ones(1, 2, 40, 16)
-    out, weights = dma_hf.plugin.dma_attention_forward(layer, q, kv, kv, None, sliding_window=40)
-    assert weights is None
-    assert torch.equal(out, torch.ones(1, 40, 4, 16))
+@each_padding
+def test_a_prompt_into_a_static_cache_and_a_second_one(tiny_llama, tokens, mask, calls):
+    ids = tokens(2, 70)
+    second = None if mask is None else torch.cat((mask, torch.ones(2, 30, dtype=torch.long)), 1)
+    results = []
+    for model in (tiny_llama, as_dma(tiny_llama)):
+        cache = StaticCache(config=model.config, max_cache_len=96)
+        first = logits(model, ids[:, :40], attention_mask=mask, past_key_values=cache)
+        if mask is not None:
+            first = first[mask.bool()]
+        results.append((first, logits(model, ids[:, 40:], attention_mask=second, past_key_values=cache)))
+    for actual, expected in zip(results[1], results[0], strict=True):
+        assert_close(actual, expected)
+    assert calls == {"dma": 4, "sdpa": 0}
 
 
 @pytest.mark.parametrize("mask", [None, padding_mask((0, 30, 10))], ids=["full", "padded"])
-def test_an_encoder_is_refused(tokens, mask):
+def test_an_encoder(tokens, mask, calls):
     torch.manual_seed(0)
     config = BertConfig(
-        vocab_size=128, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
+        vocab_size=128, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32
     )
-    model = BertModel._from_config(config, attn_implementation="dma").eval()
-    with pytest.raises(NotImplementedError, match=r"bidirectional|not causal"), torch.inference_mode():
-        model(tokens(1, 40), attention_mask=mask)
+    model = BertModel._from_config(config, attn_implementation="sdpa").eval()
+    with torch.inference_mode():
+        expected, actual = (
+            m(tokens(1, 40), attention_mask=mask).last_hidden_state for m in (model, as_dma(model))
+        )
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=0)
+    assert calls == {"dma": 2, "sdpa": 0}
 
 
-def test_a_custom_mask_is_refused(tiny_llama, tokens):
-    mask = torch.ones(1, 1, 40, 40, dtype=torch.bool).tril(-3)
-    refused(
-        as_dma(tiny_llama),
-        r"custom attention mask of shape \[1, 1, 40, 40\]",
-        tokens(1, 40),
-        attention_mask=mask,
-    )
+CUSTOM = torch.ones(2, 1, 40, 40, dtype=torch.bool).tril()
+CUSTOM[0, :, :, 5:9] = True  # an image that all tokens see
+CUSTOM[1, :, 20:, 12] = False
 
 
-def test_packed_sequences_are_refused(tiny_llama, tokens):
+@pytest.mark.parametrize(
+    "mask",
+    [
+        CUSTOM,
+        CUSTOM[:1],
+        torch.where(CUSTOM, 0.0, torch.finfo(torch.float32).min),
+        torch.where(CUSTOM, 0.0, -torch.inf),
+        torch.where(CUSTOM, torch.linspace(-2, 2, 40), -torch.inf),
+    ],
+    ids=["bool", "one for the batch", "smallest float", "-inf", "bias"],
+)
+def test_a_mask_of_the_users_own(tiny_llama, tokens, mask, calls):
+    assert_equals_sdpa(tiny_llama, tokens(2, 40), attention_mask=mask)
+    assert calls == {"dma": 2, "sdpa": 0}
+
+
+@pytest.mark.parametrize("window", [None, 8])
+def test_packed_sequences_equal_sdpa_and_the_sequences_alone(tiny_model, tokens, window, calls):
+    model = tiny_model(MistralConfig, MistralForCausalLM, "sdpa", sliding_window=window)
+    ids = tokens(1, 40)
     positions = torch.cat((torch.arange(25), torch.arange(15)))[None]
-    refused(as_dma(tiny_llama), "packed", tokens(1, 40), position_ids=positions, use_cache=False)
+    assert_equals_sdpa(model, ids, position_ids=positions, use_cache=False)
+    assert calls == {"dma": 2, "sdpa": 0}
+    packed = logits(as_dma(model), ids, position_ids=positions, use_cache=False)
+    for part in (slice(0, 25), slice(25, 40)):
+        assert_close(packed[:, part], logits(model, ids[:, part]))
 
 
-def test_padding_between_real_tokens_is_refused(tiny_llama, tokens):
+def test_padding_between_real_tokens(tiny_llama, tokens, calls):
     mask = torch.ones(2, 40, dtype=torch.long)
     mask[1, 20] = 0
-    refused(as_dma(tiny_llama), "padding between real tokens", tokens(2, 40), attention_mask=mask)
+    assert_equals_sdpa(tiny_llama, tokens(2, 40), mask, attention_mask=mask)
+    assert calls == {"dma": 2, "sdpa": 0}
 
 
-def test_attention_dropout_is_refused_in_training_only(tiny_model, tokens):
-    model = tiny_model(Qwen2Config, Qwen2ForCausalLM, "dma", attention_dropout=0.25)
+@each_padding
+def test_a_decoder_made_an_encoder(tiny_llama, tokens, mask, calls):
+    """`is_causal=False`, as embedding models are built."""
+    ids = tokens(2, 40)
+    causal = logits(tiny_llama, ids, attention_mask=mask)
+    tiny_llama.config.is_causal = False
+    for layer in tiny_llama.model.layers:
+        layer.self_attn.is_causal = False
+    assert not torch.allclose(logits(tiny_llama, ids, attention_mask=mask, use_cache=False), causal, atol=0.1)
+    assert_equals_sdpa(tiny_llama, ids, mask, attention_mask=mask, use_cache=False)
+    assert calls == {"dma": 2, "sdpa": 0}
+
+
+# --- what SDPA does not have: soft-capping and sinks --------------------------------------------------------
+
+
+def gemma2(tiny_model):
+    """Soft-capped scores, and every other layer with a window."""
+    return tiny_model(
+        Gemma2Config, Gemma2ForCausalLM, "eager", attn_logit_softcapping=2.0, sliding_window=8,
+        query_pre_attn_scalar=16,
+    )  # fmt: skip
+
+
+def gpt_oss(tiny_model):
+    """A learned sink for each head, and every other layer with a window."""
+    model = tiny_model(
+        GptOssConfig, GptOssForCausalLM, "eager", num_local_experts=2, num_experts_per_tok=1,
+        sliding_window=8, rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+    )  # fmt: skip
+    for layer in model.model.layers:
+        torch.nn.init.normal_(layer.self_attn.sinks, std=2.0)
+    return model
+
+
+each_model_without_sdpa = pytest.mark.parametrize("build", [gemma2, gpt_oss])
+
+
+@each_padding
+@each_model_without_sdpa
+def test_softcap_and_sinks_equal_eager(tiny_model, tokens, build, mask, calls):
+    assert_equals_sdpa(build(tiny_model), tokens(2, 40), mask, attention_mask=mask)
+    assert calls == {"dma": 2, "sdpa": 0}
+
+
+@each_padding
+@each_model_without_sdpa
+def test_decode_steps_have_softcap_and_sinks_too(tiny_model, tokens, build, mask, calls):
+    """The cache is read unquantised, as SDPA would read it."""
+    model = build(tiny_model)
+    ids = tokens(2, 41)
+    mask = None if mask is None else torch.cat((mask, torch.ones(2, 1, dtype=torch.long)), 1)
+    results = []
+    for step in (model, as_dma(model, SMALL_TILES)):
+        cache = DynamicCache(config=model.config)
+        logits(
+            model, ids[:, :40], attention_mask=None if mask is None else mask[:, :40], past_key_values=cache
+        )
+        results.append(logits(step, ids[:, 40:], attention_mask=mask, past_key_values=cache))
+    assert_close(results[1], results[0])
+    assert calls == {"dma": 2, "sdpa": 0}
+
+
+# --- one layer ---------------------------------------------------------------------------------------------
+
+G = torch.Generator().manual_seed(0)
+QUERY = torch.randn(2, 4, 40, 16, generator=G)
+KEY, VALUE = (torch.randn(2, 2, 40, 16, generator=G) for _ in range(2))
+BIAS = torch.randn(1, 4, 40, 40, generator=G)
+BEHIND = torch.ones(40, 40, dtype=torch.bool).triu(1)
+LOWEST = torch.finfo(torch.float32).min
+
+
+def layer_on_dma(model, query=QUERY, key=KEY, value=VALUE, **arguments: object) -> Tensor:
+    layer = as_dma(model).model.layers[1].self_attn
+    out, weights = dma_hf.plugin.dma_attention_forward(
+        layer, query, key, value, **{"attention_mask": None, **arguments}
+    )
+    assert weights is None
+    return out.transpose(1, 2)
+
+
+def sdpa(query=QUERY, key=KEY, value=VALUE, **arguments: object) -> Tensor:
+    return scaled_dot_product_attention(query, key, value, enable_gqa=True, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ({}, {"is_causal": True}),
+        ({"scaling": 0.5}, {"is_causal": True, "scale": 0.5}),
+        ({"is_causal": False}, {}),
+        ({"attention_mask": CUSTOM}, {"attn_mask": CUSTOM}),
+        ({"attention_mask": CUSTOM.expand(2, 4, -1, -1)}, {"attn_mask": CUSTOM}),
+        ({"attention_mask": CUSTOM[0, 0]}, {"attn_mask": CUSTOM[0, 0]}),
+        ({"attention_mask": CUSTOM[0]}, {"attn_mask": CUSTOM[0]}),
+        ({"attention_mask": BIAS}, {"attn_mask": BIAS}),
+        ({"attention_mask": CUSTOM[:, :, :1]}, {"attn_mask": CUSTOM[:, :, :1]}),
+        ({"position_bias": BIAS, "is_causal": False}, {"attn_mask": BIAS}),
+        ({"position_bias": BIAS}, {"attn_mask": BIAS.masked_fill(BEHIND, -torch.inf)}),
+        (
+            {"position_bias": BIAS, "attention_mask": CUSTOM},
+            {"attn_mask": torch.where(CUSTOM, BIAS, LOWEST)},
+        ),
+        ({"position_bias": BIAS, "attention_mask": BIAS}, {"attn_mask": 2 * BIAS}),
+        # for other implementations: the mask says it, or positions do
+        ({"sliding_window": 7}, {"is_causal": True}),
+        ({"cu_seq_lens_q": torch.tensor([0, 20, 40])}, {"is_causal": True}),
+    ],
+    ids=[
+        "causal", "scaling", "is_causal", "bool", "bool of each head", "2-D", "3-D", "additive", "one row",
+        "position bias", "causal position bias", "position bias and bool", "position bias and additive",
+        "sliding_window", "cu_seq_lens_q",
+    ],
+)  # fmt: skip
+def test_what_a_layer_asks_for(tiny_llama, arguments, expected, calls):
+    out = layer_on_dma(tiny_llama, **arguments)
+    torch.testing.assert_close(out, sdpa(**expected), atol=1e-5, rtol=0)
+    assert calls == {"dma": 1, "sdpa": 0}
+
+
+def test_a_causal_prompt_shorter_than_its_static_cache_with_a_position_bias(tiny_llama):
+    """As in SDPA: the keys behind the prompt are not written yet."""
+    query, bias = QUERY[:, :, :30], BIAS[:, :, :30]
+    out = layer_on_dma(tiny_llama, query, position_bias=bias)
+    seen = torch.ones(30, 40, dtype=torch.bool).tril()
+    torch.testing.assert_close(
+        out, sdpa(query, attn_mask=torch.where(seen, bias, -torch.inf)), atol=1e-5, rtol=0
+    )
+
+
+def test_a_model_that_writes_into_its_mask(tiny_llama):
+    """Before the layers get it: an image's tokens see each other. Slices of it are what they would be."""
+    mask = dma_hf.plugin.dma_mask(2, 40, 40, attention_mask=padding_mask((13, 27, 0), (0, 40, 0)).bool())
+    expected = mask.dense()
+    sliced = mask[:, :, :, :39]
+    torch.testing.assert_close(
+        layer_on_dma(tiny_llama, QUERY, KEY[:, :, :39], VALUE[:, :, :39], attention_mask=sliced),
+        sdpa(QUERY, KEY[:, :, :39], VALUE[:, :, :39], attn_mask=expected[..., :39]),
+        atol=1e-5,
+        rtol=0,
+    )
+    for written in (mask, expected):
+        written[:, :, 20:30, 20:30] = True
+    out = layer_on_dma(tiny_llama, attention_mask=mask)
+    torch.testing.assert_close(out, sdpa(attn_mask=expected), atol=1e-5, rtol=0)
+
+
+def test_learned_queries_that_are_the_same_for_the_batch(tiny_llama):
+    """SDPA broadcasts them."""
+    out = layer_on_dma(tiny_llama, QUERY[:1], is_causal=False)
+    torch.testing.assert_close(out, sdpa(QUERY[:1].expand(2, -1, -1, -1)), atol=1e-5, rtol=0)
+
+
+def test_cross_attention_is_all_high_precision(tiny_llama):
+    """Keys of another sequence have no diagonal."""
+    config = DMAConfig(low="mxfp4", high="int8", tile=16, diagonal=16, sink=16)
+    layer = configure(tiny_llama, config).model.layers[0].self_attn
+    layer.is_causal = False
+    out, _ = dma_hf.plugin.dma_attention_forward(layer, QUERY[:, :, :30], KEY, VALUE, None)
+    high = DMAConfig(low="int8", high="int8", tile=16, diagonal=16, sink=16)
+    expected = diagonal_tiled_attention(QUERY[:, :, :30], KEY, VALUE, causal=False, config=high)
+    assert torch.equal(out.transpose(1, 2), expected)
+
+
+@pytest.fixture
+def warn_again() -> None:
+    """Each reason warns once a process: forget what was warned of."""
+    warn_fallback.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ({"dropout": 0.1}, r"attention dropout \(dropout=0.1\).*model.eval\(\) turns it off"),
+        ({"cache": object()}, r"the paged cache of continuous batching"),
+    ],
+    ids=["dropout", "paged cache"],
+)
+def test_what_goes_to_sdpa_says_which_layer_and_why_once(tiny_llama, arguments, reason, calls, warn_again):
+    message = rf"layer 1 \(LlamaAttention\) runs on SDPA: {reason}"
+    with pytest.warns(DMAFallbackWarning, match=message) as caught:
+        layer_on_dma(tiny_llama, **arguments)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", DMAFallbackWarning)
+        layer_on_dma(tiny_llama, **arguments)
+    assert len(caught) == 1
+    assert calls == {"dma": 0, "sdpa": 2}
+
+
+@pytest.mark.parametrize("arguments", [{"softcap": 2.0}, {"s_aux": torch.zeros(4)}], ids=["softcap", "sinks"])
+def test_dropout_with_what_sdpa_does_not_have_is_refused(tiny_llama, arguments):
+    with pytest.raises(
+        NotImplementedError, match=r"layer 1 \(LlamaAttention\) uses attention dropout"
+    ) as caught:
+        layer_on_dma(tiny_llama, dropout=0.1, **arguments)
+    assert "\n" not in str(caught.value)
+
+
+# --- training ----------------------------------------------------------------------------------------------
+
+
+def test_attention_dropout_trains_on_sdpa_with_a_warning(tiny_model, tokens, calls, warn_again):
+    model = as_dma(tiny_model(Qwen2Config, Qwen2ForCausalLM, "sdpa", attention_dropout=0.25))
     assert logits(model, tokens(1, 40)).isfinite().all()
+    assert calls == {"dma": 2, "sdpa": 0}
     model.train()
-    refused(model, r"dropout=0.25", tokens(1, 40))
+    with pytest.warns(DMAFallbackWarning, match=r"dropout=0.25") as caught:
+        model(tokens(1, 40), labels=tokens(1, 40)).loss.backward()
+    assert len(caught) == 2  # one for each layer
+    assert calls == {"dma": 2, "sdpa": 2}
+    assert model.model.layers[0].self_attn.q_proj.weight.grad.abs().sum() > 0
 
 
 def test_training_is_refused_at_backward_and_forward_with_gradients_enabled_works(tiny_llama, tokens):

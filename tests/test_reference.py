@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import ml_dtypes
@@ -420,3 +421,230 @@ def test_memory_with_bad_tokens_grows_no_faster():
     with LargestTensor() as largest:
         diagonal_tiled_attention(q, k, v, config=DMAConfig(tile=32, diagonal=32, sink=32))
     assert largest.numel <= 2 * 32 * 2048
+
+
+# --- masks, windows, packing, soft-capping, sinks ----------------------------------------------------------
+
+
+def dense_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    seen: Tensor,
+    *,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """softmax(QK^T)V in dense float64; `seen` is bool [B or 1, H or 1, M, N]."""
+    group = q.shape[1] // k.shape[1]
+    q, k, v = q.double(), k.double().repeat_interleave(group, 1), v.double().repeat_interleave(group, 1)
+    scores = q @ k.mT * q.shape[-1] ** -0.5
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if bias is not None:
+        scores = scores + bias.double()
+    scores = scores.masked_fill(~seen, -torch.inf)
+    if sinks is None:
+        return torch.softmax(scores, -1).nan_to_num() @ v  # a row that sees nothing: zeros
+    column = sinks.double().view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
+    return torch.softmax(torch.cat((scores, column), -1), -1)[..., :-1] @ v
+
+
+def causal_mask(m: int, n: int) -> Tensor:
+    return torch.ones(1, 1, m, n, dtype=torch.bool).tril(n - m)
+
+
+def everything(m: int, n: int) -> Tensor:
+    return torch.ones(1, 1, m, n, dtype=torch.bool)
+
+
+def distance(m: int, n: int) -> Tensor:
+    """How far behind its query each key is, [1, 1, M, N]."""
+    return (torch.arange(m)[:, None] + n - m - torch.arange(n))[None, None]
+
+
+LENGTH = 130
+PADDING = torch.ones(2, LENGTH, dtype=torch.long)
+PADDING[0, :37] = 0
+PADDING[1, 101:] = 0
+REAL = PADDING[:, None, None].bool()
+PACKED = torch.tensor([[0] * 50 + [1] * 3 + [2] * 77, [0] * 1 + [3] * 64 + [4] * 65])
+TOGETHER = PACKED[:, None, :, None] == PACKED[:, None, None]
+RANDOM = torch.Generator().manual_seed(7)
+BIAS = torch.randn(1, 4, LENGTH, LENGTH, generator=RANDOM) * 2
+HOLES = torch.rand(2, 1, LENGTH, LENGTH, generator=RANDOM) < 0.3
+HOLES[:, :, :, 40:70] = False  # whole tiles that nobody sees
+HOLES[0, 0, 5] = False  # a row that sees nothing
+PREFIX = causal_mask(LENGTH, LENGTH).clone()
+PREFIX[..., :25] = True  # prefix-LM
+SINKS = torch.randn(4, generator=RANDOM) * 3
+
+# name: (queries, keys that are seen, arguments)
+CASES: dict[str, tuple[int, Tensor, dict[str, object]]] = {
+    "padded": (130, causal_mask(130, 130) & REAL, {"padding_mask": PADDING}),
+    "padded, bidirectional": (
+        130, everything(130, 130) & REAL, {"padding_mask": PADDING, "causal": False},
+    ),
+    "padded, fewer queries": (60, causal_mask(60, 130) & REAL, {"padding_mask": PADDING}),
+    "window": (130, causal_mask(130, 130) & (distance(130, 130) < 20), {"sliding_window": 20}),
+    "window of one token": (130, distance(130, 130) == 0, {"sliding_window": 1}),
+    "window, fewer queries": (60, causal_mask(60, 130) & (distance(60, 130) < 33), {"sliding_window": 33}),
+    "window, bidirectional": (
+        130, distance(130, 130).abs() <= 20, {"sliding_window": 20, "causal": False},
+    ),
+    "window, padded": (
+        130, causal_mask(130, 130) & REAL & (distance(130, 130) < 20),
+        {"sliding_window": 20, "padding_mask": PADDING},
+    ),
+    "packed": (130, causal_mask(130, 130) & TOGETHER, {"sequence_ids": PACKED}),
+    "packed, bidirectional": (130, TOGETHER, {"sequence_ids": PACKED, "causal": False}),
+    "packed, window": (
+        130, causal_mask(130, 130) & TOGETHER & (distance(130, 130) < 20),
+        {"sequence_ids": PACKED, "sliding_window": 20},
+    ),
+    "bool mask": (130, HOLES, {"attn_mask": HOLES, "causal": False}),
+    "bool mask, causal": (130, HOLES & causal_mask(130, 130), {"attn_mask": HOLES}),
+    "bool mask, fewer queries": (
+        60, HOLES[:, :, :60] & causal_mask(60, 130), {"attn_mask": HOLES[:, :, :60]},
+    ),
+    "prefix-LM": (130, PREFIX, {"attn_mask": PREFIX, "causal": False}),
+    "bias of each head": (130, everything(130, 130), {"attn_mask": BIAS, "causal": False}),
+    "bias, padded, causal": (
+        130, causal_mask(130, 130) & REAL, {"attn_mask": BIAS, "padding_mask": PADDING},
+    ),
+    "bias, packed": (
+        130, causal_mask(130, 130) & TOGETHER, {"attn_mask": BIAS, "sequence_ids": PACKED},
+    ),
+    "-inf in a bias": (
+        130, HOLES, {"attn_mask": torch.where(HOLES, 0.0, -torch.inf), "causal": False},
+    ),
+    "softcap": (130, causal_mask(130, 130), {"softcap": 1.5}),
+    "softcap, bidirectional, fewer queries": (
+        60, everything(60, 130), {"softcap": 1.5, "causal": False},
+    ),
+    "softcap before bias": (
+        130, everything(130, 130), {"softcap": 1.5, "attn_mask": BIAS, "causal": False},
+    ),
+    "sinks": (130, causal_mask(130, 130), {"sinks": SINKS}),
+    "sinks of a row that sees nothing": (130, HOLES, {"sinks": SINKS, "attn_mask": HOLES, "causal": False}),
+    "sinks, softcap, window, fewer queries": (
+        60, causal_mask(60, 130) & (distance(60, 130) < 33),
+        {"sinks": SINKS, "softcap": 2.0, "sliding_window": 33},
+    ),
+    "sinks, window, padded": (
+        130, causal_mask(130, 130) & REAL & (distance(130, 130) < 33),
+        {"sinks": SINKS, "sliding_window": 33, "padding_mask": PADDING},
+    ),
+}  # fmt: skip
+# relative error of the whole output; what int8 and MXFP8 cost is measured, what "none" costs is rounding
+TOLERANCES = {"none": 1e-5, "int8": 1e-2, "mxfp8": 6e-2}
+
+
+def dense_of(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, arguments: dict[str, object]) -> Tensor:
+    mask = arguments.get("attn_mask")
+    bias = mask if isinstance(mask, Tensor) and mask.is_floating_point() else None
+    return dense_attention(
+        q, k, v, seen, bias=bias, softcap=arguments.get("softcap"), sinks=arguments.get("sinks")
+    )
+
+
+@pytest.mark.parametrize("format", TOLERANCES)
+@pytest.mark.parametrize("case", CASES)
+def test_a_modified_call_equals_dense_float64_attention(case, format):
+    queries, seen, arguments = CASES[case]
+    q, k, v = random_qkv(queries, LENGTH, batch=2, heads=4, kv_heads=2, d=32, dv=24)
+    config = DMAConfig(low=format, high=format, tile=32, diagonal=32, sink=32)
+    out = diagonal_tiled_attention(q, k, v, config=config, **arguments)
+    expected = dense_of(q, k, v, seen, arguments)
+    assert out.shape == (2, 4, queries, 24)
+    assert (out - expected).norm() / expected.norm() < TOLERANCES[format]
+    # what sees nothing is zero exactly
+    assert not out[(~seen.any(-1)).expand(2, 4, queries)].any()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_all_precisions_at_once_and_rotation(case):
+    """NVFP4 far away and MXFP8 near, as in the paper: close to what is wanted, not far off as with a bug."""
+    queries, seen, arguments = CASES[case]
+    q, k, v = random_qkv(queries, LENGTH, batch=2, heads=4, kv_heads=2, d=32)
+    config = DMAConfig(tile=32, diagonal=32, sink=32, rotate=True)
+    out = diagonal_tiled_attention(q, k, v, config=config, **arguments)
+    expected = dense_of(q, k, v, seen, arguments)
+    assert (out - expected).norm() / expected.norm() < 0.15
+
+
+def test_a_mask_of_the_smallest_float_gives_rows_that_see_nothing_the_mean_of_all_values():
+    """As in SDPA: such a row's scores are all the same. Models mask so, not with -inf."""
+    q, k, v = random_qkv(LENGTH, LENGTH, batch=2, heads=4, kv_heads=2, d=32)
+    lowest = torch.finfo(torch.float32).min
+    mask = torch.where(causal_mask(LENGTH, LENGTH), 0.0, lowest).expand(2, 1, -1, -1).clone()
+    mask[0, 0, 10:20] = lowest
+    out = diagonal_tiled_attention(q, k, v, causal=False, config=EXACT, attn_mask=mask)
+    mean = v.mean(2, keepdim=True)[0].repeat_interleave(2, 0).expand(4, 10, 64 // 2)
+    torch.testing.assert_close(out[0, :, 10:20], mean, atol=1e-5, rtol=0)
+    keys = (t.repeat_interleave(2, 1) for t in (k, v))
+    expected = scaled_dot_product_attention(q, *keys, attn_mask=mask)
+    torch.testing.assert_close(out, expected, atol=1e-5, rtol=0)
+
+
+@each_direction
+@pytest.mark.parametrize(
+    "setting", [EXACT, DMAConfig(low="mxfp4", tile=32, diagonal=32, sink=32)], ids=["none", "mxfp4"]
+)
+def test_packed_sequences_equal_the_sequences_alone(setting, causal):
+    """With quantisation, where sequences begin on tile boundaries: tiles count from the row's first token.
+
+    Keys are not smoothed here: their mean is that of the whole row.
+    """
+    lengths = [64, 32, 34]
+    q, k, v = random_qkv(LENGTH, LENGTH, heads=4, kv_heads=2)
+    config = dataclasses.replace(setting, smooth_k=False)
+    ids = torch.repeat_interleave(torch.arange(3), torch.tensor(lengths))[None]
+    out = diagonal_tiled_attention(q, k, v, causal=causal, config=config, sequence_ids=ids)
+    for part in torch.arange(LENGTH).split(lengths):
+        own = (t[:, :, part] for t in (q, k, v))
+        alone = diagonal_tiled_attention(*own, causal=causal, config=config)
+        torch.testing.assert_close(out[:, :, part], alone, atol=2e-6, rtol=0)
+
+
+@pytest.mark.parametrize("left", [1, 31, 32, 77])
+@pytest.mark.parametrize("options", [{}, {"sliding_window": 40}, {"softcap": 2.0}, {"sinks": SINKS}], ids=str)
+def test_left_padding_equals_the_sequence_alone_quantised_too(left, options):
+    """Tiles and the mean of the keys belong to the sequence, wherever padding puts it."""
+    q, k, v = random_qkv(LENGTH, LENGTH, heads=4, kv_heads=2)
+    config = DMAConfig(tile=32, diagonal=32, sink=32)
+    mask = torch.ones(1, LENGTH, dtype=torch.bool)
+    mask[:, :left] = False
+    out = diagonal_tiled_attention(q, k, v, config=config, padding_mask=mask, **options)
+    own = (t[:, :, left:] for t in (q, k, v))
+    alone = diagonal_tiled_attention(*own, config=config, **options)
+    torch.testing.assert_close(out[:, :, left:], alone, atol=2e-6, rtol=0)
+    assert not out[:, :, :left].any()
+
+
+def test_an_attention_mask_that_says_causal_equals_causal():
+    q, k, v = random_qkv(LENGTH, LENGTH)
+    config = DMAConfig(low="mxfp4", tile=32, diagonal=32, sink=32, smooth_k=False)
+    expected = diagonal_tiled_attention(q, k, v, config=config)
+    mask = causal_mask(LENGTH, LENGTH)
+    for same in (mask, torch.where(mask, 0.0, -torch.inf)):
+        out = diagonal_tiled_attention(q, k, v, config=config, attn_mask=same)
+        torch.testing.assert_close(out, expected, atol=2e-6, rtol=0)
+
+
+def test_a_window_that_holds_all_and_a_softcap_far_above_the_scores_change_nothing():
+    q, k, v = random_qkv(LENGTH, LENGTH)
+    expected = diagonal_tiled_attention(q, k, v, config=EXACT)
+    for options in ({"sliding_window": LENGTH}, {"softcap": 1e6}, {"sinks": torch.full((2,), -1e4)}):
+        out = diagonal_tiled_attention(q, k, v, config=EXACT, **options)
+        torch.testing.assert_close(out, expected, atol=1e-5, rtol=0)
+
+
+def test_memory_of_a_window_and_of_packed_sequences_grows_with_the_tile():
+    q, k, v = random_qkv(2048, 2048, heads=1, kv_heads=1, d=16)
+    ids = (torch.arange(2048) // 700)[None]
+    for options in ({"sliding_window": 100}, {"sequence_ids": ids}):
+        with LargestTensor() as largest:
+            diagonal_tiled_attention(q, k, v, config=DMAConfig(tile=32, diagonal=32, sink=32), **options)
+        assert largest.numel <= 2 * 32 * 2048

@@ -45,6 +45,17 @@ def dot(a, b, accumulator=None, SPLIT_SUMS: tl.constexpr = None):
 
 
 @triton.jit
+def multiply(a, b):
+    """a * b, rounded. A compiler may fuse an ordinary product with the addition that follows it."""
+    if INTERPRETED:
+        return a * b
+    else:
+        return tl.inline_asm_elementwise(
+            "mul.rn.f32 $0, $1, $2;", "=f,f,f", [a, b], dtype=tl.float32, is_pure=True, pack=1
+        )
+
+
+@triton.jit
 def narrow(x, dtype: tl.constexpr):
     """`x` (float32) rounded to nearest even in `dtype`, a 16-bit float type or float32."""
     if INTERPRETED:  # noqa: SIM102 - "and" does not short-cut at compile time

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 import triton
 import triton.language as tl
-import torch
 from torch import Tensor
 
 from .encoding import is_finite
@@ -123,7 +123,9 @@ def _quantize_value_kernel(
     tl.store(pointers, tl.trans(tile), mask=(column < DIM)[:, None])
 
 
-def quantize_value(value: Tensor, key_ranges: Tensor | None = None, *, permuted: bool = False) -> QuantizedValue:
+def quantize_value(
+    value: Tensor, key_ranges: Tensor | None = None, *, permuted: bool = False
+) -> QuantizedValue:
     """V [B, Hkv, N, Dv] as E4M3, each channel's largest finite magnitude at E4M3's largest number.
 
     A NaN stays NaN and an Inf becomes NaN: E4M3 has none.

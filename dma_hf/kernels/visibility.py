@@ -48,9 +48,9 @@ def rows_and_limits(
 def mask_pointers(
     mask, stride_b, stride_h, stride_m, batch, head, rows, real_row, MASK: tl.constexpr
 ):  # fmt: skip
-    """Where the rows of a mask [B, H, M, N] begin, and which rows exist. MASK "none": nothing."""
+    """Where the rows of a mask [B, H, M, N] begin, and which rows exist. MASK "none": placeholders."""
     if MASK == "none":
-        return None, None
+        return rows, real_row  # Triton 3.6 returns no None
     else:
         base = mask + batch.to(tl.int64) * stride_b + head.to(tl.int64) * stride_h
         return base + rows.to(tl.int64) * stride_m, real_row

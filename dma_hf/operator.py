@@ -1,0 +1,71 @@
+"""The custom op `dma_hf::attention`: one call to torch.compile and CUDA graphs, whatever runs inside."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .config import DMAConfig
+from .modifiers import Modifiers
+from .reference import reference_attention
+from .triton_backend import triton_attention
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    causal: bool,
+    scale: float,
+    config: DMAConfig,
+    modifiers: Modifiers,
+    backend: str,
+) -> Tensor:
+    """Attention on one backend, "triton" or "reference", with the arguments of `reference_attention`.
+
+    Returns:
+        [B, H, M, Dv], stored as [B, M, H, Dv], on every path.
+    """
+    # a custom op takes plain values only, so the setting travels as its fields
+    out: Tensor = _attention_op(
+        query, key, value, modifiers.query_ranges, modifiers.mask, modifiers.sinks, modifiers.softcap,
+        causal, scale, config.low, config.high, config.diagonal, config.sink, config.tile, config.smooth_k,
+        config.rotate, config.scale_rule, config.pv, backend,
+    )  # fmt: skip
+    return out
+
+
+@torch.library.custom_op("dma_hf::attention", mutates_args=())
+def _attention_op(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    query_ranges: Tensor | None,
+    mask: Tensor | None,
+    sinks: Tensor | None,
+    softcap: float | None,
+    causal: bool,
+    scale: float,
+    low: str,
+    high: str,
+    diagonal: int,
+    sink: int,
+    tile: int,
+    smooth_k: bool,
+    rotate: bool,
+    scale_rule: str,
+    pv: str,
+    backend: str,
+) -> Tensor:
+    config = DMAConfig(low, high, diagonal, sink, tile, smooth_k, rotate, scale_rule, pv)  # type: ignore[arg-type]
+    run = triton_attention if backend == "triton" else reference_attention
+    modifiers = Modifiers(query_ranges, mask, softcap, sinks)
+    out = run(query, key, value, causal=causal, scale=scale, config=config, modifiers=modifiers)
+    return out.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+@_attention_op.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, *args: object) -> Tensor:
+    batch, heads, length, _ = query.shape
+    return query.new_empty(batch, length, heads, value.shape[-1]).transpose(1, 2)
