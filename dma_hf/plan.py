@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from .config import DMAConfig
+from .kernels.hopper import why_not_hopper
 from .policy import OperandKind, device_capability, interpreting, operand_kind
 from .tuning import Blocks, choose_blocks
 
@@ -54,6 +55,13 @@ def make_plan(
         use_tma=capability >= 90 and not interpreting(),
         via_memory=capability == 90,
     )
+
+
+def hopper_serves(config: DMAConfig, query: Tensor, key: Tensor, value: Tensor, causal: bool) -> bool:
+    """Whether the kernel for Hopper serves a call without modifiers; the portable one serves any."""
+    if interpreting():
+        return False
+    return why_not_hopper(device_capability(query.device), config, query, key, value, causal) is None
 
 
 def plan_call(query: Tensor, value: Tensor, config: DMAConfig, masked: bool = False) -> Plan:

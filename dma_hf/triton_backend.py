@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch import Tensor
 
 from .config import DMAConfig
 from .kernels.attention import attend_quantized
+from .kernels.hopper import attend_hopper
 from .kernels.quantize import quantize_key
 from .kernels.quantize_value import quantize_value
 from .masks import key_ranges_of
 from .modifiers import NO_MODIFIERS, Modifiers
-from .plan import plan_call
+from .plan import hopper_serves, plan_call
 
 
 def triton_attention(
@@ -38,6 +41,8 @@ def triton_attention(
             )
     if query.numel() == 0 or key.shape[2] == 0:
         return query.new_zeros(*query.shape[:3], value.shape[-1])
+    if modifiers.empty and hopper_serves(config, query, key, value, causal):
+        return _on_hopper(query, key, value, causal=causal, scale=scale, config=config)
     plan = plan_call(query, value, config, masked=modifiers.mask is not None)
     ranges = modifiers.query_ranges
     key_ranges = None if ranges is None else key_ranges_of(ranges)
@@ -47,3 +52,17 @@ def triton_attention(
         query, key, values, quantized, causal=causal, scale=scale, config=config, plan=plan,
         modifiers=modifiers, key_ranges=key_ranges,
     )  # fmt: skip
+
+
+def _on_hopper(
+    query: Tensor, key: Tensor, value: Tensor, *, causal: bool, scale: float, config: DMAConfig
+) -> Tensor:
+    plan = plan_call(query, value, config)
+    quantized = quantize_key(key, config, plan.low_kind, plan.high_kind)
+    values = quantize_value(value, permuted=True)
+    out = attend_hopper(query, key, quantized, values, causal=causal, scale=scale, config=config)
+    # heads whose K holds a NaN or Inf; with V as given, which is no less exact than FP8
+    plan = plan_call(query, value, replace(config, pv="none"))
+    return attend_quantized(
+        query, key, value, quantized, causal=causal, scale=scale, config=config, plan=plan, repair=out
+    )

@@ -1,3 +1,13 @@
+"""The attention kernel for Hopper, in Gluon: the portable kernel's function for 8-bit low tiles and FP8 PV.
+
+One warp is the producer: it asks the copy engine for every tile. Two consumers of four warps take 64
+queries each. In the long loop a consumer starts QK^T of one block and PV of the block before, both
+asynchronous, and computes the softmax while they run.
+
+Gluon shows registers and shared memory as they are; a few things here are done in a certain way for the
+assembler's sake, and say so.
+"""
+
 from __future__ import annotations
 
 import math
@@ -16,421 +26,498 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from ..config import DMAConfig
+from ..formats import FORMATS
+from .quantize import QuantizedKey
+from .quantize_value import QuantizedValue
+
 LOG2_E = math.log2(math.e)
+
+BLOCK_M = gl.constexpr(128)
+"""Queries of a program: two consumers of 64."""
+LOW_N = gl.constexpr(128)
+HIGH_N = gl.constexpr(64)
+"""Keys of a step: an 8-bit block of 128 keys is as large as a 16-bit block of 64."""
+STAGES = gl.constexpr(2)
+"""Blocks in flight. Three and four were no faster."""
+CONSUMER_REGISTERS, PRODUCER_REGISTERS = 240, 24
+
+HEAD_DIMS = (64, 128)
+
 # names that changed between Triton 3.6 and 3.9
 _sync_threads = getattr(gl, "barrier", None) or gl.thread_barrier
 _tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
-_tma_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
+
+_DTYPES = {
+    torch.bfloat16: gl.bfloat16,
+    torch.float32: gl.float32,
+    torch.int8: gl.int8,
+    torch.float8_e4m3fn: gl.float8e4nv,
+}
+
+
+def why_not_hopper(
+    capability: int, config: DMAConfig, query: Tensor, key: Tensor, value: Tensor, causal: bool
+) -> str | None:
+    """Why this kernel cannot serve a call, or None. The portable kernel serves whatever it does not.
+
+    Args:
+        capability: of the device, 90 for sm_90.
+        query, key, value: [B, H, M, D], [B, Hkv, N, D], [B, Hkv, N, Dv].
+    """
+    dim = query.shape[-1]
+    if capability != 90:
+        return f"it is made of Hopper's instructions, and this is sm_{capability}"
+    if query.dtype != torch.bfloat16:
+        return f"it takes bfloat16, not {query.dtype}"
+    if dim not in HEAD_DIMS or value.shape[-1] != dim:
+        return f"it has head dimensions 64 and 128, D = Dv, not {dim} and {value.shape[-1]}"
+    highs = {"fp8": ("none", "fp8"), "int8": ("none", "int8"), "fp8_tile": ("none",), "int8_tile": ("none",)}
+    if config.high not in highs.get(config.low, ()):
+        return (
+            "it has low=fp8 or int8 with high=none or the same, and fp8_tile or int8_tile with high=none, not"
+            f" {config.low} and {config.high}"
+        )
+    if config.pv != "fp8":
+        return "with 16-bit PV it is no faster than the portable kernel"
+    if config.rotate:
+        return "it does not rotate"
+    if config.tile % BLOCK_M.value:
+        return f"its blocks need tiles of a multiple of {BLOCK_M.value} tokens, not {config.tile}"
+    if causal and config.high != config.low and config.diagonal == 0:
+        return "it cuts the causal diagonal in high tiles only"
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        # the copy engine reads in steps of 16 bytes
+        if tensor.data_ptr() % 16 or any(stride % 8 for stride in tensor.stride()[:-1]):
+            return f"{name} is not laid out in steps of 16 bytes"
+    return None
 
 
 @gluon.jit
 def _exp2(x):
-    """2^x, denormals flushed: one instruction where the general function needs four."""
+    """2^x with denormals flushed: one instruction where `gl.exp2` needs four."""
     return gl.inline_asm_elementwise(
         "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1
     )
 
 
 @gluon.jit
-def _pack(p, FP8: gl.constexpr):
-    """`p` (float32) rounded to E4M3 or bfloat16, int32 of the same shape.
+def _pack(p):
+    """`p` (float32) rounded to E4M3, int32 of the same shape.
 
-    Every fourth (second) column holds the register of that column and the next three (one); the others
-    are constants and cost nothing. Carried through a loop as 8-bit elements, each would get a register
-    of its own, and as many instructions to take registers apart and put them together again.
+    Every fourth column holds a register with that column and the next three; the others are constants and
+    cost nothing. Carried through a loop as 8-bit elements, each would take a register of its own, and 186
+    instructions would take registers apart and put them together again.
     """
-    COUNT: gl.constexpr = 4 if FP8 else 2
-    if FP8:
-        packed = gl.inline_asm_elementwise(
-            """
-            {
-            .reg .b16 low, high;
-            cvt.rn.satfinite.e4m3x2.f32 low, $5, $4;
-            cvt.rn.satfinite.e4m3x2.f32 high, $7, $6;
-            mov.b32 $0, {low, high};
-            }
-            """,
-            "=r,=r,=r,=r,f,f,f,f", [p], dtype=gl.int32, is_pure=True, pack=4,
-        )
-    else:
-        packed = gl.inline_asm_elementwise(
-            "cvt.rn.bf16x2.f32 $0, $3, $2;", "=r,=r,f,f", [p], dtype=gl.int32, is_pure=True, pack=2,
-        )
+    packed = gl.inline_asm_elementwise(
+        """
+        {
+        .reg .b16 low, high;
+        cvt.rn.satfinite.e4m3x2.f32 low, $5, $4;
+        cvt.rn.satfinite.e4m3x2.f32 high, $7, $6;
+        mov.b32 $0, {low, high};
+        }
+        """,
+        "=r,=r,=r,=r,f,f,f,f", [p], dtype=gl.int32, is_pure=True, pack=4,
+    )  # fmt: skip
     columns = gl.arange(0, p.shape[1], gl.SliceLayout(0, p.type.layout))
-    return gl.where((columns % COUNT == 0)[None, :], packed, 0)
+    return gl.where((columns % 4 == 0)[None, :], packed, 0)
 
 
 @gluon.jit
-def _unpack(packed, FP8: gl.constexpr):
-    """What `_pack` made, as the operand of a product."""
-    if FP8:
-        return gl.inline_asm_elementwise(
-            "mov.b32 $0, $1;", "=r,r,r,r,r", [packed], dtype=gl.float8e4nv, is_pure=True, pack=4
-        )
-    else:
-        return gl.inline_asm_elementwise(
-            "mov.b32 $0, $1;", "=r,r,r", [packed], dtype=gl.bfloat16, is_pure=True, pack=2
-        )
+def _unpack(packed):
+    """What `_pack` made, as an operand."""
+    return gl.inline_asm_elementwise(
+        "mov.b32 $0, $1;", "=r,r,r,r,r", [packed], dtype=gl.float8e4nv, is_pure=True, pack=4
+    )
 
 
 @gluon.jit
-def _keep(packed, FP8: gl.constexpr):
-    """Keep a product's left operand in its registers up to here: wgmma reads them until it is waited for.
+def _keep(packed):
+    """Keep an operand in its registers up to here: wgmma reads them until it has been waited for.
 
-    `warpgroup_mma_wait` does the same, but not for 8-bit elements.
+    `warpgroup_mma_wait` does this for its `deps`, but not for 8-bit elements.
     """
-    if FP8:
-        gl.inline_asm_elementwise(
-            "", "=r,r,r,r,r", [packed], dtype=gl.float8e4nv, is_pure=False, pack=4
-        )
-    else:
-        gl.inline_asm_elementwise(
-            "", "=r,r,r", [packed], dtype=gl.bfloat16, is_pure=False, pack=2
-        )
+    gl.inline_asm_elementwise("", "=r,r,r,r,r", [packed], dtype=gl.float8e4nv, is_pure=False, pack=4)
 
 
 @gluon.jit
-def _ranges(block_m, query_length, key_length, first_token, count, BLOCK_M: gl.constexpr,
-            CAUSAL: gl.constexpr, TILE: gl.constexpr, DIAGONAL: gl.constexpr, SINK: gl.constexpr):
-    query_offset = key_length - query_length - first_token
-    position0 = (query_offset & -BLOCK_M) + block_m * BLOCK_M
-    limit = gl.minimum(count, position0 + BLOCK_M) if CAUSAL else count
-    tile0 = position0 & -TILE
-    diagonal_start = limit
-    diagonal_stop = limit
-    low_resume = limit
-    if DIAGONAL > 0:
-        diagonal_start = gl.minimum(gl.maximum(tile0 + TILE - DIAGONAL, SINK), limit)
-        if not CAUSAL:
-            diagonal_stop = gl.minimum(tile0 + DIAGONAL, limit)
-            low_resume = gl.maximum(diagonal_stop, gl.minimum(SINK, limit))
-    sink_stop = gl.minimum(SINK, limit)
-    return query_offset, position0, limit, sink_stop, diagonal_start, diagonal_stop, low_resume
+def _probability_operand(p, LAYOUT: gl.constexpr):
+    """Probabilities [64, N] as the packed left operand of PV, without moving between threads.
+
+    The tokens are taken in the order that `quantize_value.PERMUTATION` stores V in.
+    """
+    p = gl.reshape(p, (p.shape[0], p.shape[1] // 16, 2, 4, 2))
+    p = gl.reshape(gl.permute(p, (0, 1, 3, 2, 4)), (p.shape[0], p.shape[1] * 16))
+    return _pack(gl.convert_layout(p, LAYOUT, assert_trivial=True))
 
 
 @gluon.jit
-def _blocks(start, stop, BLOCK: gl.constexpr):
-    return gl.maximum(stop - start + BLOCK - 1, 0) // BLOCK
+def _joined(x, PARTS: gl.constexpr, MAX: gl.constexpr):
+    """Columns of `x` [M, N] joined into [M, N / PARTS]; those joined lie N / PARTS apart, in one thread."""
+    parts = gl.reshape(x, (x.shape[0], PARTS, x.shape[1] // PARTS))
+    return gl.max(parts, 1) if MAX else gl.sum(parts, 1)
 
 
 @gluon.jit
-def _first(block, blocks_a, start_a, start_b, BLOCK: gl.constexpr):
-    return gl.where(block < blocks_a, start_a + block * BLOCK, start_b + (block - blocks_a) * BLOCK)
+def _partial(x, MAX: gl.constexpr):
+    """Columns of `x` [M, N] joined into [M, 8], which every thread does alone.
+
+    In two steps, each of many short chains: one reduction of all columns would be one chain for each row,
+    every instruction waiting for the last.
+    """
+    return _joined(_joined(x, 4, MAX), x.shape[1] // 32, MAX)
 
 
 @gluon.jit
-def _load_block(
-    key_desc, value_desc, scale_desc, key_smem, value_smem, scale_smem, key_full, value_full, key_empty,
-    value_empty, block, batch, kv_head, head_row, key_row, value_row,
-    KEY_RAW: gl.constexpr, VALUE_RAW: gl.constexpr, STAGES: gl.constexpr,
-):
-    stage = block % STAGES
-    phase = (block // STAGES) & 1
-    bar = key_full.index(stage)
-    mbarrier.wait(key_empty.index(stage), phase ^ 1)
-    if KEY_RAW:
-        mbarrier.expect(bar, key_desc.block_type.nbytes)
-        _tma_load(key_desc, [batch, kv_head, key_row, 0], bar, key_smem.index(stage))
-    else:
-        mbarrier.expect(bar, key_desc.block_type.nbytes + scale_desc.block_type.nbytes)
-        _tma_load(key_desc, [batch, kv_head, key_row, 0], bar, key_smem.index(stage))
-        _tma_load(scale_desc, [head_row, key_row], bar, scale_smem.index(stage))
-    bar = value_full.index(stage)
-    mbarrier.wait(value_empty.index(stage), phase ^ 1)
-    mbarrier.expect(bar, value_desc.block_type.nbytes)
-    if VALUE_RAW:
-        _tma_load(value_desc, [batch, kv_head, value_row, 0], bar, value_smem.index(stage))
-    else:
-        _tma_load(value_desc, [batch, kv_head, 0, value_row], bar, value_smem.index(stage))
+def _softmax(
+    scores, factor, offset, row_max, SHIFT: gl.constexpr, OFFSET: gl.constexpr, MASKED: gl.constexpr
+):  # fmt: skip
+    """One step of the online softmax; score = scores * factor - offset, in units of log2.
 
-
-@gluon.jit
-def _producer(
-    query_desc, low_key_desc, low_scale_desc, low_value_desc, high_key_desc, high_scale_desc, high_value_desc,
-    q_smem, low_key, low_scale, low_value, high_key, high_scale, high_value,
-    q_full, low_key_full, low_value_full, low_key_empty, low_value_empty,
-    high_key_full, high_value_full, high_key_empty, high_value_empty,
-    batch, head, kv_head, head_row, row0, first_token,
-    low_a, low_start_a, low_blocks, low_start_b, high_a, high_start_a, high_blocks, high_start_b,
-    VALUE_RAW: gl.constexpr, HIGH_RAW: gl.constexpr,
-    LOW_N: gl.constexpr, HIGH_N: gl.constexpr, STAGES: gl.constexpr, HIGH_STAGES: gl.constexpr,
-):
-    for wg in gl.static_range(2):
-        mbarrier.expect(q_full.index(wg), query_desc.block_type.nbytes)
-        _tma_load(
-            query_desc, [batch, head, row0 + wg * 64, 0], q_full.index(wg), q_smem.index(wg)
-        )
-    value_token = first_token if VALUE_RAW else 0
-    high_token = first_token if HIGH_RAW else 0
-    for block in range(high_blocks):
-        first = _first(block, high_a, high_start_a, high_start_b, HIGH_N)
-        _load_block(
-            high_key_desc, high_value_desc, high_scale_desc, high_key, high_value, high_scale,
-            high_key_full, high_value_full, high_key_empty, high_value_empty,
-            block, batch, kv_head, head_row, high_token + first, value_token + first,
-            HIGH_RAW, VALUE_RAW, HIGH_STAGES,
-        )
-    for block in range(low_blocks):
-        first = _first(block, low_a, low_start_a, low_start_b, LOW_N)
-        _load_block(
-            low_key_desc, low_value_desc, low_scale_desc, low_key, low_value, low_scale,
-            low_key_full, low_value_full, low_key_empty, low_value_empty,
-            block, batch, kv_head, head_row, first, value_token + first,
-            False, VALUE_RAW, STAGES,
-        )
-
-
-@gluon.jit
-def _probability_operand(p, FP8: gl.constexpr, LAYOUT: gl.constexpr):
-    """Probabilities [64, N] as the left operand of the second product, in registers."""
-    M: gl.constexpr = p.shape[0]
-    N: gl.constexpr = p.shape[1]
-    if FP8:
-        p = gl.reshape(p, (M, N // 16, 2, 4, 2))
-        p = gl.permute(p, (0, 1, 3, 2, 4))
-        p = gl.reshape(p, (M, N))
-    return _pack(gl.convert_layout(p, LAYOUT, assert_trivial=True), FP8)
-
-
-@gluon.jit
-def _value_tile(value_smem, DIM: gl.constexpr, N: gl.constexpr, VALUE_RAW: gl.constexpr):
-    if VALUE_RAW:
-        return value_smem.reshape((N, DIM))
-    else:
-        return value_smem.reshape((DIM, N)).permute((1, 0))
-
-
-@gluon.jit
-def _softmax(scores, factor, offset, row_max, row_sum, SHIFT: gl.constexpr, OFFSET: gl.constexpr, MASKED: gl.constexpr):
-    block_max = gl.max(scores, 1) * factor
+    Returns:
+        probabilities * 2^SHIFT [M, N], the correction [M] of what was summed before, the new running
+        maximum [M] (a whole number, see `reference`), and the sums [M, 8] of the probabilities.
+    """
+    block_max = gl.convert_layout(gl.max(_partial(scores, True), 1), factor.type.layout) * factor
     if OFFSET:
         block_max -= offset
     new_max = gl.maximum(row_max, gl.ceil(block_max))
     shift = new_max
     if MASKED:
-        shift = gl.where(new_max == float("-inf"), 0.0, new_max)
+        shift = gl.where(new_max == float("-inf"), 0.0, new_max)  # a row that has seen no key yet
     correction = _exp2(row_max - shift)
     if OFFSET:
         shift += offset
     shift -= SHIFT
     p = _exp2(scores * factor[:, None] - shift[:, None])
-    row_sum = row_sum * correction + gl.sum(p, 1)
-    return p, correction, new_max, row_sum
+    return p, correction, new_max, _partial(p, False)
+
+
+@gluon.jit
+def _rescaled(x, correction):
+    """Rows of `x` [M, N] times `correction` [M]."""
+    return x * gl.convert_layout(correction, gl.SliceLayout(1, x.type.layout))[:, None]
+
+
+@gluon.jit
+def _block_count(start, stop, BLOCK: gl.constexpr):
+    return gl.maximum(stop - start + BLOCK - 1, 0) // BLOCK
+
+
+@gluon.jit
+def _first_key(block, blocks_a, start_a, start_b, BLOCK: gl.constexpr):
+    """First key of a block; the first `blocks_a` blocks start at `start_a`, the others at `start_b`."""
+    return gl.where(block < blocks_a, start_a + block * BLOCK, start_b + (block - blocks_a) * BLOCK)
+
+
+@gluon.jit
+def _load_block(
+    key_desc, scale_desc, value_desc, key_smem, scale_smem, value_smem,
+    key_full, key_empty, value_full, value_empty,
+    block, batch, kv_head, head_row, key_row, row, KEY_SCALE: gl.constexpr,
+):  # fmt: skip
+    """Ask for the K and V of one block, as soon as both consumers have left their places."""
+    stage = block % STAGES
+    phase = (block // STAGES) & 1
+    bar = key_full.index(stage)
+    mbarrier.wait(key_empty.index(stage), phase ^ 1)
+    if KEY_SCALE:
+        mbarrier.expect(bar, key_desc.block_type.nbytes + scale_desc.block_type.nbytes)
+        _tma_load(scale_desc, [head_row, row], bar, scale_smem.index(stage))
+    else:
+        mbarrier.expect(bar, key_desc.block_type.nbytes)
+    _tma_load(key_desc, [batch, kv_head, key_row, 0], bar, key_smem.index(stage))
+    bar = value_full.index(stage)
+    mbarrier.wait(value_empty.index(stage), phase ^ 1)
+    mbarrier.expect(bar, value_desc.block_type.nbytes)
+    _tma_load(value_desc, [batch, kv_head, 0, row], bar, value_smem.index(stage))
+
+
+@gluon.jit
+def _producer(
+    query_desc, low_key_desc, high_key_desc, low_scale_desc, high_scale_desc, low_value_desc, high_value_desc,
+    query_smem, low_key, low_scale, low_value, high_key, high_scale, high_value,
+    query_full, low_key_full, low_key_empty, low_value_full, low_value_empty,
+    high_key_full, high_key_empty, high_value_full, high_value_empty,
+    batch, head, kv_head, head_row, row0, first_token,
+    high_a, high_blocks, diagonal_start, low_a, low_blocks, sink_stop, low_resume,
+    HIGH_RAW: gl.constexpr, TILE_SCALE: gl.constexpr,
+):  # fmt: skip
+    for consumer in gl.static_range(2):
+        bar = query_full.index(consumer)
+        mbarrier.expect(bar, query_desc.block_type.nbytes)
+        _tma_load(query_desc, [batch, head, row0 + consumer * 64, 0], bar, query_smem.index(consumer))
+    # quantised tensors start at the sequence's first real token, the given K at the padding
+    high_token = first_token if HIGH_RAW else 0
+    for block in range(high_blocks):
+        first = _first_key(block, high_a, 0, diagonal_start, HIGH_N)
+        _load_block(
+            high_key_desc, high_scale_desc, high_value_desc, high_key, high_scale, high_value,
+            high_key_full, high_key_empty, high_value_full, high_value_empty,
+            block, batch, kv_head, head_row, high_token + first, first, not HIGH_RAW,
+        )  # fmt: skip
+    for block in range(low_blocks):
+        first = _first_key(block, low_a, sink_stop, low_resume, LOW_N)
+        _load_block(
+            low_key_desc, low_scale_desc, low_value_desc, low_key, low_scale, low_value,
+            low_key_full, low_key_empty, low_value_full, low_value_empty,
+            block, batch, kv_head, head_row, first, first, not TILE_SCALE,
+        )  # fmt: skip
+
+
+@gluon.jit
+def _low_query(
+    raw_smem, smem, mean, scale_log2e, D: gl.constexpr, INT8: gl.constexpr, OFFSET: gl.constexpr,
+    ROWS: gl.constexpr, HIGH_ROWS: gl.constexpr,
+):  # fmt: skip
+    """Quantise one consumer's queries [64, D] a token at a time, from shared memory to shared memory.
+
+    Returns:
+        What turns 8-bit products into scores, [64] in layout ROWS; with OFFSET the score [64] of every
+        query with the mean of K, in layout HIGH_ROWS (see `attention._query_operand`), else zeros.
+    """
+    M: gl.constexpr = 64
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
+    LAYOUT_ROWS: gl.constexpr = gl.SliceLayout(1, LAYOUT)
+    LARGEST: gl.constexpr = 127.0 if INT8 else 448.0
+    x = raw_smem.reshape((M, D)).load(LAYOUT).to(gl.float32)
+    offset = gl.full([M], 0.0, gl.float32, HIGH_ROWS)
+    if OFFSET:
+        channel_mean = gl.load(mean + gl.arange(0, D, gl.SliceLayout(0, LAYOUT)))
+        offset = gl.convert_layout(gl.sum(x * channel_mean[None, :], 1) * scale_log2e, HIGH_ROWS)
+    x = x * scale_log2e
+    # compared as integers, NaN and Inf are the largest, and the maximum carries them into the factor
+    token_max = gl.max(x.to(gl.int32, bitcast=True) & 0x7FFFFFFF, 1).to(gl.float32, bitcast=True)
+    scale = gl.maximum(gl.div_rn(token_max, gl.full([M], LARGEST, gl.float32, LAYOUT_ROWS)), 2.0**-126)
+    inverse = gl.div_rn(gl.full([M], 1.0, gl.float32, LAYOUT_ROWS), scale)
+    # x / scale, correctly rounded, as in `interpreter.divide`
+    guess = x * inverse[:, None]
+    remainder = gl.fma(-guess, gl.broadcast(scale[:, None], guess)[0], x)
+    scaled = gl.fma(remainder, gl.broadcast(inverse[:, None], guess)[0], guess)
+    if INT8:
+        # adding and taking away 1.5 * 2^23 rounds to a whole number, ties to even
+        smem.store(((scaled + 12582912.0) - 12582912.0).to(gl.int8))
+    else:
+        smem.store(scaled.to(gl.float8e4nv))
+    fence_async_shared()
+    _sync_threads()
+    finite = token_max.to(gl.int32, bitcast=True) < 0x7F800000
+    return gl.convert_layout(gl.where(finite, scale, float("nan")), ROWS), offset
 
 
 @gluon.jit
 def _consumer(
-    WG: gl.constexpr,
-    q_smem, q8_smem, out_desc, mean, value_scale, scale_log2e,
-    low_key, low_scale, low_value, high_key, high_scale, high_value,
-    q_full, low_key_full, low_value_full, low_key_empty, low_value_empty,
-    high_key_full, high_value_full, high_key_empty, high_value_empty,
-    active, batch, head, head_row, row0, position0, count,
-    low_a, low_start_a, low_blocks, low_start_b, high_a, high_start_a, high_blocks, high_start_b,
-    D: gl.constexpr, DV: gl.constexpr, CAUSAL: gl.constexpr, SMOOTH: gl.constexpr, INT8: gl.constexpr,
-    HIGH_RAW: gl.constexpr, VALUE_RAW: gl.constexpr, MASK_LOW: gl.constexpr,
-    LOW_N: gl.constexpr, HIGH_N: gl.constexpr, STAGES: gl.constexpr, HIGH_STAGES: gl.constexpr,
-    EXACT_SUMS: gl.constexpr,
-):
+    INDEX: gl.constexpr,
+    query_smem, low_query, low_key, low_scale, low_value, high_key, high_scale, high_value,
+    query_full, low_key_full, low_key_empty, low_value_full, low_value_empty,
+    high_key_full, high_key_empty, high_value_full, high_value_empty,
+    out, mean, value_scale, tile_scale, scale_log2e, out_b, out_h, out_n,
+    batch, head, head_row, row0, position0, query_length, count, active,
+    high_a, high_blocks, diagonal_start, low_a, low_blocks, sink_stop, low_resume,
+    D: gl.constexpr, CAUSAL: gl.constexpr, SMOOTH: gl.constexpr, INT8: gl.constexpr,
+    HIGH_RAW: gl.constexpr, MASK_LOW: gl.constexpr, TILE_SCALE: gl.constexpr,
+):  # fmt: skip
+    """64 queries of the program's 128."""
     M: gl.constexpr = 64
-    FP8_PV: gl.constexpr = not VALUE_RAW
-    SHIFT: gl.constexpr = 8.0 if FP8_PV else 0.0
-    K_RAW: gl.constexpr = 16
-    K_LOW: gl.constexpr = 32
-    K_PV: gl.constexpr = 32 if FP8_PV else 16
-    LOW: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, LOW_N, K_LOW])
-    HIGH: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HIGH_N, K_RAW if HIGH_RAW else K_LOW])
-    OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV, K_PV])
-    P: gl.constexpr = gl.DotOperandLayout(0, OUT, 4 if FP8_PV else 2)
+    # E4M3 holds 448; probabilities times 2^8 use its range (`reference.FP8_PROBABILITY_SCALE`)
+    SHIFT: gl.constexpr = 8.0
+    OFFSET: gl.constexpr = SMOOTH and HIGH_RAW
+    LOW: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, LOW_N, 32])
+    HIGH: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HIGH_N, 16 if HIGH_RAW else 32])
+    OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 32])
+    P: gl.constexpr = gl.DotOperandLayout(0, OUT, 4)
     ROWS: gl.constexpr = gl.SliceLayout(1, LOW)
     HIGH_ROWS: gl.constexpr = gl.SliceLayout(1, HIGH)
-    OUT_ROWS: gl.constexpr = gl.SliceLayout(1, OUT)
-    # threads along a row: 8 lanes of 16 bytes (128 bytes), 4 rows a warp
-    QUERY: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
-    QUERY_ROWS: gl.constexpr = gl.SliceLayout(1, QUERY)
-    QUERY_COLUMNS: gl.constexpr = gl.SliceLayout(0, QUERY)
-    ACC: gl.constexpr = gl.int32 if INT8 else gl.float32
-    LOW_MAX: gl.constexpr = 127.0 if INT8 else 448.0
-    raw_dtype: gl.constexpr = q_smem.dtype
+    PRODUCTS: gl.constexpr = gl.int32 if INT8 else gl.float32
+    raw_query = query_smem.index(INDEX).reshape((M, D))
+    query = low_query.index(INDEX)
+    mbarrier.wait(query_full.index(INDEX), 0)
+    low_factor, offset = _low_query(
+        query_smem.index(INDEX), query, mean + head_row * D, scale_log2e, D, INT8, OFFSET, ROWS, HIGH_ROWS
+    )
 
-    # the low query: quantised here, once
-    q_raw = q_smem.index(WG).reshape((M, D))
-    q8 = q8_smem.index(WG)
-    mbarrier.wait(q_full.index(WG), 0)
-    x = q_raw.load(QUERY).to(gl.float32)
-    offset = gl.full([M], 0.0, gl.float32, QUERY_ROWS)
-    if SMOOTH and HIGH_RAW:
-        m = gl.load(mean + head_row * D + gl.arange(0, D, QUERY_COLUMNS))
-        offset = gl.sum(x * m[None, :], 1) * scale_log2e
-    x = x * scale_log2e
-    token_max = gl.max(gl.abs(x), 1)
-    token_scale = gl.maximum(gl.div_rn(token_max, gl.full([M], LOW_MAX, gl.float32, QUERY_ROWS)), 2.0**-126)
-    inverse = gl.div_rn(gl.full([M], 1.0, gl.float32, QUERY_ROWS), token_scale)
-    divisor = token_scale[:, None]
-    guess = x * inverse[:, None]
-    remainder = gl.fma(-guess, gl.broadcast(divisor, guess)[0], x)
-    scaled = gl.fma(remainder, gl.broadcast(inverse[:, None], guess)[0], guess)
-    if INT8:
-        # adding and taking away 1.5 * 2^23 rounds to a whole number, ties to even
-        elements = (scaled + 12582912.0) - 12582912.0
-        q8.store(elements.to(gl.int8))
-    else:
-        q8.store(scaled.to(gl.float8e4nv))
-    fence_async_shared()
-    _sync_threads()
-    offset = gl.convert_layout(offset, HIGH_ROWS)
-    low_factor = gl.convert_layout(token_scale, ROWS)
-
+    # High tiles first: they hold most rows' largest scores, so the running maximum settles early.
     row_max = gl.full([M], float("-inf"), gl.float32, HIGH_ROWS)
     row_sum = gl.full([M], 0.0, gl.float32, HIGH_ROWS)
-    out = gl.full([M, DV], 0.0, gl.float32, OUT)
-    position = position0 + WG * M
-
+    accumulator = gl.full([M, D], 0.0, gl.float32, OUT)
+    first_position = position0 + INDEX * M
+    positions = first_position + gl.arange(0, M, HIGH_ROWS)
     if HIGH_RAW:
         factor = gl.full([M], 1.0, gl.float32, HIGH_ROWS) * scale_log2e
     else:
         factor = gl.convert_layout(low_factor, HIGH_ROWS)
-    rows = position + gl.arange(0, M, HIGH_ROWS)
     for block in range(high_blocks):
-        first = _first(block, high_a, high_start_a, high_start_b, HIGH_N)
-        stage = block % HIGH_STAGES
-        phase = (block // HIGH_STAGES) & 1
+        first = _first_key(block, high_a, 0, diagonal_start, HIGH_N)
+        stage = block % STAGES
+        phase = (block // STAGES) & 1
         mbarrier.wait(high_key_full.index(stage), phase)
         k = high_key.index(stage).reshape((HIGH_N, D)).permute((1, 0))
         if HIGH_RAW:
-            zeros = gl.full([M, HIGH_N], 0.0, gl.float32, HIGH)
-            token = warpgroup_mma(q_raw, k, zeros, use_acc=False, is_async=True)
+            start = gl.full([M, HIGH_N], 0.0, gl.float32, HIGH)
+            token = warpgroup_mma(raw_query, k, start, use_acc=False, is_async=True)
             scores = warpgroup_mma_wait(0, deps=[token])
         else:
-            zeros = gl.full([M, HIGH_N], 0, ACC, HIGH)
-            token = warpgroup_mma(q8, k, zeros, use_acc=False, is_async=True)
-            scores = warpgroup_mma_wait(0, deps=[token]).to(gl.float32)
-            s = high_scale.index(stage).reshape((HIGH_N,)).load(gl.SliceLayout(0, HIGH))
-            scores = scores * s[None, :]
+            start = gl.full([M, HIGH_N], 0, PRODUCTS, HIGH)
+            token = warpgroup_mma(query, k, start, use_acc=False, is_async=True)
+            key_scale = high_scale.index(stage).reshape((HIGH_N,)).load(gl.SliceLayout(0, HIGH))
+            scores = warpgroup_mma_wait(0, deps=[token]).to(gl.float32) * key_scale[None, :]
         mbarrier.arrive(high_key_empty.index(stage), count=1)
-        columns = first + gl.arange(0, HIGH_N, gl.SliceLayout(0, HIGH))
-        visible = (columns < count)[None, :]
+        visible_to_all = first + HIGH_N <= count
         if CAUSAL:
-            visible = visible & (columns[None, :] <= rows[:, None])
-        scores = gl.where(visible, scores, float("-inf"))
-        p, correction, row_max, row_sum = _softmax(
-            scores, factor, offset, row_max, row_sum, SHIFT, SMOOTH and HIGH_RAW, True
-        )
-        p = _probability_operand(p, FP8_PV, P)
+            visible_to_all = visible_to_all & (first + HIGH_N <= first_position + 1)
+        if not visible_to_all:
+            columns = first + gl.arange(0, HIGH_N, gl.SliceLayout(0, HIGH))
+            visible = (columns < count)[None, :]
+            if CAUSAL:
+                visible = visible & (columns[None, :] <= positions[:, None])
+            scores = gl.where(visible, scores, float("-inf"))
+        p, correction, row_max, sums = _softmax(scores, factor, offset, row_max, SHIFT, OFFSET, True)
+        row_sum = row_sum * correction + gl.convert_layout(gl.sum(sums, 1), HIGH_ROWS)
+        packed = _probability_operand(p, P)
         mbarrier.wait(high_value_full.index(stage), phase)
-        v = _value_tile(high_value.index(stage), DV, HIGH_N, VALUE_RAW)
-        out = out * gl.convert_layout(correction, OUT_ROWS)[:, None]
-        token = warpgroup_mma(_unpack(p, FP8_PV), v, out, is_async=True)
-        out = warpgroup_mma_wait(0, deps=[token])
-        _keep(p, FP8_PV)
+        v = high_value.index(stage).reshape((D, HIGH_N)).permute((1, 0))
+        token = warpgroup_mma(_unpack(packed), v, _rescaled(accumulator, correction), is_async=True)
+        accumulator = warpgroup_mma_wait(0, deps=[token])
+        _keep(packed)
         mbarrier.arrive(high_value_empty.index(stage), count=1)
 
+    # Low tiles. Around the loop go the probabilities of the block before (packed), the correction they
+    # came with, and, in each thread, the sums of the columns it holds.
     row_max = gl.convert_layout(row_max, ROWS)
     row_sum = gl.convert_layout(row_sum, ROWS)
-    zeros = gl.full([M, LOW_N], 0, ACC, LOW)
-    none = gl.full([M], 0.0, gl.float32, ROWS)
+    start = gl.full([M, LOW_N], 0, PRODUCTS, LOW)
+    zeros = gl.full([M, D], 0.0, gl.float32, OUT)
+    no_offset = gl.full([M], 0.0, gl.float32, ROWS)
     if low_blocks > 0:
         mbarrier.wait(low_key_full.index(0), 0)
         k = low_key.index(0).reshape((LOW_N, D)).permute((1, 0))
-        token = warpgroup_mma(q8, k, zeros, use_acc=False, is_async=True)
-        products = warpgroup_mma_wait(0, deps=[token])
-        s = low_scale.index(0).reshape((LOW_N,)).load(gl.SliceLayout(0, LOW))
+        score_token = warpgroup_mma(query, k, start, use_acc=False, is_async=True)
+        products = warpgroup_mma_wait(0, deps=[score_token])
+        scores = products.to(gl.float32)
+        block_factor = low_factor
+        if TILE_SCALE:
+            first = _first_key(0, low_a, sink_stop, low_resume, LOW_N)
+            block_factor = low_factor * gl.load(tile_scale + first // LOW_N)
+        else:
+            key_scale = low_scale.index(0).reshape((LOW_N,)).load(gl.SliceLayout(0, LOW))
+            scores = scores * key_scale[None, :]
         mbarrier.arrive(low_key_empty.index(0), count=1)
-        scores = products.to(gl.float32) * s[None, :]
         if MASK_LOW:
-            first = _first(0, low_a, low_start_a, low_start_b, LOW_N)
-            columns = first + gl.arange(0, LOW_N, gl.SliceLayout(0, LOW))
+            columns = _first_key(0, low_a, sink_stop, low_resume, LOW_N) + gl.arange(
+                0, LOW_N, gl.SliceLayout(0, LOW)
+            )
             scores = gl.where((columns < count)[None, :], scores, float("-inf"))
-        p, correction, row_max, row_sum = _softmax(scores, low_factor, none, row_max, row_sum, SHIFT, False, MASK_LOW)
-        operand = _probability_operand(p, FP8_PV, P)
-        if not EXACT_SUMS:
-            out = out * gl.convert_layout(correction, OUT_ROWS)[:, None]
-        mbarrier.wait(low_key_full.index(1 % STAGES), 1 // STAGES, pred=low_blocks > 1)
+        p, correction, row_max, sums = _softmax(
+            scores, block_factor, no_offset, row_max, SHIFT, False, MASK_LOW
+        )
+        row_sum = row_sum * correction
+        packed = _probability_operand(p, P)
+        mbarrier.wait(low_key_full.index(1 % STAGES), (1 // STAGES) & 1, pred=low_blocks > 1)
         for block in range(1, low_blocks):
             stage = block % STAGES
-            phase = (block // STAGES) & 1
             last_stage = (block - 1) % STAGES
-            last_phase = ((block - 1) // STAGES) & 1
             k = low_key.index(stage).reshape((LOW_N, D)).permute((1, 0))
-            score_token = warpgroup_mma(q8, k, zeros, use_acc=False, is_async=True)
-            mbarrier.wait(low_value_full.index(last_stage), last_phase)
-            v = _value_tile(low_value.index(last_stage), DV, LOW_N, VALUE_RAW)
-            if EXACT_SUMS:
-                out_token = warpgroup_mma(
-                    _unpack(operand, FP8_PV), v, gl.full([M, DV], 0.0, gl.float32, OUT), use_acc=False, is_async=True
-                )
-            else:
-                out_token = warpgroup_mma(_unpack(operand, FP8_PV), v, out, is_async=True)
+            score_token = warpgroup_mma(query, k, start, use_acc=False, is_async=True)
+            if TILE_SCALE:  # one number, loaded while the tensor core works: it joins the rows' factors
+                first = _first_key(block, low_a, sink_stop, low_resume, LOW_N)
+                block_scale = gl.load(tile_scale + first // LOW_N)
+            mbarrier.wait(low_value_full.index(last_stage), ((block - 1) // STAGES) & 1)
+            v = low_value.index(last_stage).reshape((D, LOW_N)).permute((1, 0))
+            # The tensor core adds FP8 products in about 14 bits, so each block is added up for itself: over
+            # 8,192 tokens one accumulator was 1.8e-2 off, and the more tokens the more.
+            value_token = warpgroup_mma(_unpack(packed), v, zeros, use_acc=False, is_async=True)
             products = warpgroup_mma_wait(1, deps=[score_token])
-            s = low_scale.index(stage).reshape((LOW_N,)).load(gl.SliceLayout(0, LOW))
+            scores = products.to(gl.float32)
+            block_factor = low_factor
+            if TILE_SCALE:
+                block_factor = low_factor * block_scale
+            else:
+                key_scale = low_scale.index(stage).reshape((LOW_N,)).load(gl.SliceLayout(0, LOW))
+                scores = scores * key_scale[None, :]
             mbarrier.arrive(low_key_empty.index(stage), count=1)
-            scores = products.to(gl.float32) * s[None, :]
             if MASK_LOW:
-                first = _first(block, low_a, low_start_a, low_start_b, LOW_N)
-                columns = first + gl.arange(0, LOW_N, gl.SliceLayout(0, LOW))
+                columns = _first_key(block, low_a, sink_stop, low_resume, LOW_N) + gl.arange(
+                    0, LOW_N, gl.SliceLayout(0, LOW)
+                )
                 scores = gl.where((columns < count)[None, :], scores, float("-inf"))
             last_correction = correction
-            p, correction, row_max, row_sum = _softmax(
-                scores, low_factor, none, row_max, row_sum, SHIFT, False, MASK_LOW
+            p, correction, row_max, more = _softmax(
+                scores, block_factor, no_offset, row_max, SHIFT, False, MASK_LOW
             )
-            # Waiting for the next keys here keeps the assembler from waiting for the second product
-            # before the softmax: it does not move instructions over the branch.
+            sums = _rescaled(sums, correction) + more
+            row_sum = row_sum * correction
+            # The wait for the next keys stands here so that there is a branch between the softmax and the
+            # wait for PV. Without one the assembler puts the exponentials after that wait.
+            next_block = block + 1
             mbarrier.wait(
-                low_key_full.index((block + 1) % STAGES), ((block + 1) // STAGES) & 1,
-                pred=block + 1 < low_blocks,
-            )
-            product = warpgroup_mma_wait(0, deps=[out_token])
-            _keep(operand, FP8_PV)
+                low_key_full.index(next_block % STAGES), (next_block // STAGES) & 1,
+                pred=next_block < low_blocks,
+            )  # fmt: skip
+            product = warpgroup_mma_wait(0, deps=[value_token])
+            _keep(packed)
             mbarrier.arrive(low_value_empty.index(last_stage), count=1)
-            if EXACT_SUMS:
-                out = out * gl.convert_layout(last_correction, OUT_ROWS)[:, None] + product
-            else:
-                out = product * gl.convert_layout(correction, OUT_ROWS)[:, None]
-            # Not before the wait: registers that a product will read, written while another one runs,
-            # make the assembler serialise all of them (C7513).
-            operand = _probability_operand(p, FP8_PV, P)
+            accumulator = _rescaled(accumulator, last_correction) + product
+            # Not before the wait: writing registers that a product will read while another one runs makes
+            # the assembler serialise them all (note C7513).
+            packed = _probability_operand(p, P)
         last_stage = (low_blocks - 1) % STAGES
-        last_phase = ((low_blocks - 1) // STAGES) & 1
-        mbarrier.wait(low_value_full.index(last_stage), last_phase)
-        v = _value_tile(low_value.index(last_stage), DV, LOW_N, VALUE_RAW)
-        if EXACT_SUMS:
-            out_token = warpgroup_mma(
-                _unpack(operand, FP8_PV), v, gl.full([M, DV], 0.0, gl.float32, OUT), use_acc=False, is_async=True
-            )
-            product = warpgroup_mma_wait(0, deps=[out_token])
-            _keep(operand, FP8_PV)
-            out = out * gl.convert_layout(correction, OUT_ROWS)[:, None] + product
-        else:
-            out_token = warpgroup_mma(_unpack(operand, FP8_PV), v, out, is_async=True)
-            out = warpgroup_mma_wait(0, deps=[out_token])
-            _keep(operand, FP8_PV)
+        mbarrier.wait(low_value_full.index(last_stage), ((low_blocks - 1) // STAGES) & 1)
+        v = low_value.index(last_stage).reshape((D, LOW_N)).permute((1, 0))
+        value_token = warpgroup_mma(_unpack(packed), v, zeros, use_acc=False, is_async=True)
+        product = warpgroup_mma_wait(0, deps=[value_token])
+        accumulator = _rescaled(accumulator, correction) + product
+        _keep(packed)
+        row_sum += gl.convert_layout(gl.sum(sums, 1), ROWS)
 
     if active:
-        total = gl.convert_layout(row_sum, OUT_ROWS)
-        out = out * (1.0 / gl.where(total == 0.0, 1.0, total))[:, None]
-        if FP8_PV:
-            channel_scale = gl.load(value_scale + head_row * DV + gl.arange(0, DV, gl.SliceLayout(0, OUT)))
-            out = out * channel_scale[None, :]
-        # the query's own shared memory is free now
-        tile = q_smem.index(WG)
-        tile.reshape((M, DV)).store(out.to(raw_dtype))
-        fence_async_shared()
+        # a row that saw no key is zeros, as in SDPA; NaN sums stay NaN
+        accumulator = _rescaled(accumulator, 1.0 / gl.where(row_sum == 0.0, 1.0, row_sum))
+        column = gl.arange(0, D, gl.SliceLayout(0, OUT))
+        accumulator = accumulator * gl.load(value_scale + head_row * D + column)[None, :]
+        # Through the query's own shared memory, which is free now, rows become contiguous. They are not
+        # stored by the copy engine: a store that starts at a negative row is an illegal instruction.
+        raw_query.store(accumulator.to(raw_query.dtype))
         _sync_threads()
-        _tma_store(out_desc, [batch, head, row0 + WG * M, 0], tile)
-        tma.store_wait(0)
+        TILE: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
+        row = row0 + INDEX * M + gl.arange(0, M, gl.SliceLayout(1, TILE))
+        base = out + batch.to(gl.int64) * out_b + head.to(gl.int64) * out_h
+        pointers = (
+            base + row.to(gl.int64)[:, None] * out_n + gl.arange(0, D, gl.SliceLayout(0, TILE))[None, :]
+        )
+        real = (row >= 0) & (row < query_length)
+        gl.store(pointers, raw_query.load(TILE), mask=gl.broadcast(real[:, None], pointers)[0])
 
 
+@gluon.jit
+def _tiles(desc, COUNT: gl.constexpr):
+    """Shared memory for COUNT of the tiles that `desc` loads."""
+    shape: gl.constexpr = [COUNT] + desc.block_type.shape  # noqa: RUF005 - Triton has no starred lists
+    return gl.allocate_shared_memory(desc.dtype, shape, desc.layout)
+
+
+@gluon.jit
+def _barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
+    """COUNT barriers, each complete after ARRIVALS arrivals."""
+    barriers = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(COUNT):
+        mbarrier.init(barriers.index(i), count=ARRIVALS)
+    return barriers
+
+
+# lengths vary from call to call: a kernel for each divisibility, or for length 1, would be compiled in vain
 @gluon.jit(do_not_specialize=["query_length", "key_length"])
 def _hopper_kernel(
-    query_desc, low_key_desc, low_scale_desc, low_value_desc, high_key_desc, high_scale_desc, high_value_desc,
-    out_desc, mean, value_scale, bad_keys, ranges, query_length, key_length, scale_log2e,
-    GROUP: gl.constexpr, D: gl.constexpr, DV: gl.constexpr, CAUSAL: gl.constexpr, SMOOTH: gl.constexpr,
-    INT8: gl.constexpr, HIGH_RAW: gl.constexpr, VALUE_RAW: gl.constexpr, MASK_LOW: gl.constexpr,
-    TILE: gl.constexpr, DIAGONAL: gl.constexpr, SINK: gl.constexpr,
-    LOW_N: gl.constexpr, HIGH_N: gl.constexpr, STAGES: gl.constexpr, HIGH_STAGES: gl.constexpr,
-    EXACT_SUMS: gl.constexpr, REGISTERS: gl.constexpr,
-):
-    BLOCK_M: gl.constexpr = 128
+    query_desc, low_key_desc, high_key_desc, low_scale_desc, high_scale_desc, low_value_desc, high_value_desc,
+    out, mean, value_scale, tile_scale, tiles, bad_keys, ranges, query_length, key_length, scale_log2e,
+    out_b, out_h, out_n,
+    GROUP: gl.constexpr, D: gl.constexpr, CAUSAL: gl.constexpr, SMOOTH: gl.constexpr, INT8: gl.constexpr,
+    HIGH_RAW: gl.constexpr, MASK_LOW: gl.constexpr, TILE_SCALE: gl.constexpr, PRECISION_TILE: gl.constexpr,
+    DIAGONAL: gl.constexpr, SINK: gl.constexpr,
+    CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
+):  # fmt: skip
+    # heads vary fastest and query blocks run from the last to the first: the longest rows of all heads
+    # start together, and the short ones fill the gaps at the end
     head, batch = gl.program_id(0), gl.program_id(1)
     block_m = gl.num_programs(2) - 1 - gl.program_id(2)
     kv_head = head // GROUP
@@ -440,137 +527,153 @@ def _hopper_kernel(
     if ranges is not None:
         first_token = gl.load(ranges + batch * 2)
         count = gl.load(ranges + batch * 2 + 1) - first_token
-    query_offset, position0, limit, sink_stop, diagonal_start, diagonal_stop, low_resume = _ranges(
-        block_m, query_length, key_length, first_token, count, BLOCK_M, CAUSAL, TILE, DIAGONAL, SINK
-    )
+
+    # positions count from the sequence's first real token; & -BLOCK_M rounds down, negatives too
+    query_offset = key_length - query_length - first_token
+    position0 = (query_offset & -BLOCK_M) + block_m * BLOCK_M
     row0 = position0 - query_offset
+    # a head whose K holds a NaN or Inf is left to the portable kernel's repair
     active = (row0 < query_length) & (row0 + BLOCK_M > 0)
     if bad_keys is not None:
         active = active & (gl.load(bad_keys + head_row) == 0)
-    some = gl.where(active, 1, 0)
-    high_a = _blocks(0, sink_stop, HIGH_N) * some
-    high_blocks = high_a + _blocks(diagonal_start, diagonal_stop, HIGH_N) * some
-    low_a = _blocks(sink_stop, diagonal_start, LOW_N) * some
-    low_blocks = low_a + _blocks(low_resume, limit, LOW_N) * some
 
-    q_smem = gl.allocate_shared_memory(query_desc.dtype, [2] + query_desc.block_type.shape, query_desc.layout)
-    Q8: gl.constexpr = gl.NVMMASharedLayout(D, 8, 2)
-    q8_smem = gl.allocate_shared_memory(gl.int8 if INT8 else gl.float8e4nv, [2, 64, D], Q8)
-    low_key = gl.allocate_shared_memory(low_key_desc.dtype, [STAGES] + low_key_desc.block_type.shape, low_key_desc.layout)
-    low_scale = gl.allocate_shared_memory(gl.float32, [STAGES] + low_scale_desc.block_type.shape, low_scale_desc.layout)
-    low_value = gl.allocate_shared_memory(low_value_desc.dtype, [STAGES] + low_value_desc.block_type.shape, low_value_desc.layout)
-    high_key = gl.allocate_shared_memory(high_key_desc.dtype, [HIGH_STAGES] + high_key_desc.block_type.shape, high_key_desc.layout)
-    high_scale = gl.allocate_shared_memory(gl.float32, [HIGH_STAGES] + high_scale_desc.block_type.shape, high_scale_desc.layout)
-    high_value = gl.allocate_shared_memory(high_value_desc.dtype, [HIGH_STAGES] + high_value_desc.block_type.shape, high_value_desc.layout)
-    q_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    low_key_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    low_value_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    low_key_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    low_value_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    high_key_full = gl.allocate_shared_memory(gl.int64, [HIGH_STAGES, 1], mbarrier.MBarrierLayout())
-    high_value_full = gl.allocate_shared_memory(gl.int64, [HIGH_STAGES, 1], mbarrier.MBarrierLayout())
-    high_key_empty = gl.allocate_shared_memory(gl.int64, [HIGH_STAGES, 1], mbarrier.MBarrierLayout())
-    high_value_empty = gl.allocate_shared_memory(gl.int64, [HIGH_STAGES, 1], mbarrier.MBarrierLayout())
-    for wg in gl.static_range(2):
-        mbarrier.init(q_full.index(wg), count=1)
-    for stage in gl.static_range(STAGES):
-        mbarrier.init(low_key_full.index(stage), count=1)
-        mbarrier.init(low_value_full.index(stage), count=1)
-        mbarrier.init(low_key_empty.index(stage), count=2)
-        mbarrier.init(low_value_empty.index(stage), count=2)
-    for stage in gl.static_range(HIGH_STAGES):
-        mbarrier.init(high_key_full.index(stage), count=1)
-        mbarrier.init(high_value_full.index(stage), count=1)
-        mbarrier.init(high_key_empty.index(stage), count=2)
-        mbarrier.init(high_value_empty.index(stage), count=2)
+    # the regions of this block's row of precision tiles, in tokens (design: sink, then low, then diagonal)
+    tile0 = position0 & -PRECISION_TILE
+    limit = gl.minimum(count, position0 + BLOCK_M) if CAUSAL else count
+    limit = gl.where(active, limit, 0)
+    sink_stop = gl.minimum(SINK, limit)
+    diagonal_start = limit
+    diagonal_stop = limit
+    low_resume = limit
+    if DIAGONAL > 0:
+        diagonal_start = gl.minimum(gl.maximum(tile0 + PRECISION_TILE - DIAGONAL, SINK), limit)
+        if not CAUSAL:
+            diagonal_stop = gl.minimum(tile0 + DIAGONAL, limit)
+            low_resume = gl.maximum(diagonal_stop, sink_stop)
+    high_a = _block_count(0, sink_stop, HIGH_N)
+    high_blocks = high_a + _block_count(diagonal_start, diagonal_stop, HIGH_N)
+    low_a = _block_count(sink_stop, diagonal_start, LOW_N)
+    low_blocks = low_a + _block_count(low_resume, limit, LOW_N)
+
+    query_smem = _tiles(query_desc, 2)
+    low_query = gl.allocate_shared_memory(low_key_desc.dtype, [2, 64, D], gl.NVMMASharedLayout(D, 8, 2))
+    low_key, high_key = _tiles(low_key_desc, STAGES), _tiles(high_key_desc, STAGES)
+    low_scale, high_scale = _tiles(low_scale_desc, STAGES), _tiles(high_scale_desc, STAGES)
+    low_value, high_value = _tiles(low_value_desc, STAGES), _tiles(high_value_desc, STAGES)
+    query_full = _barriers(2, 1)
+    low_key_full, low_key_empty = _barriers(STAGES, 1), _barriers(STAGES, 2)
+    low_value_full, low_value_empty = _barriers(STAGES, 1), _barriers(STAGES, 2)
+    high_key_full, high_key_empty = _barriers(STAGES, 1), _barriers(STAGES, 2)
+    high_value_full, high_value_empty = _barriers(STAGES, 1), _barriers(STAGES, 2)
     fence_async_shared()
 
+    # The arguments are spelt out: a tuple in a variable would lose what is known at compile time.
     gl.warp_specialize(
         [
             (_consumer, (
                 0,
-                    q_smem, q8_smem, out_desc, mean, value_scale, scale_log2e,
-                    low_key, low_scale, low_value, high_key, high_scale, high_value,
-                    q_full, low_key_full, low_value_full, low_key_empty, low_value_empty,
-                    high_key_full, high_value_full, high_key_empty, high_value_empty,
-                    active, batch, head, head_row, row0, position0, count,
-                    low_a, sink_stop, low_blocks, low_resume, high_a, 0, high_blocks, diagonal_start,
-                    D, DV, CAUSAL, SMOOTH, INT8, HIGH_RAW, VALUE_RAW, MASK_LOW, LOW_N, HIGH_N, STAGES, HIGH_STAGES, EXACT_SUMS,
+                query_smem, low_query, low_key, low_scale, low_value, high_key, high_scale, high_value,
+                query_full, low_key_full, low_key_empty, low_value_full, low_value_empty,
+                high_key_full, high_key_empty, high_value_full, high_value_empty,
+                out, mean, value_scale, tile_scale + head_row * tiles, scale_log2e, out_b, out_h, out_n,
+                batch, head, head_row, row0, position0, query_length, count, active,
+                high_a, high_blocks, diagonal_start, low_a, low_blocks, sink_stop, low_resume,
+                D, CAUSAL, SMOOTH, INT8, HIGH_RAW, MASK_LOW, TILE_SCALE,
             )),
             (_consumer, (
                 1,
-                    q_smem, q8_smem, out_desc, mean, value_scale, scale_log2e,
-                    low_key, low_scale, low_value, high_key, high_scale, high_value,
-                    q_full, low_key_full, low_value_full, low_key_empty, low_value_empty,
-                    high_key_full, high_value_full, high_key_empty, high_value_empty,
-                    active, batch, head, head_row, row0, position0, count,
-                    low_a, sink_stop, low_blocks, low_resume, high_a, 0, high_blocks, diagonal_start,
-                    D, DV, CAUSAL, SMOOTH, INT8, HIGH_RAW, VALUE_RAW, MASK_LOW, LOW_N, HIGH_N, STAGES, HIGH_STAGES, EXACT_SUMS,
+                query_smem, low_query, low_key, low_scale, low_value, high_key, high_scale, high_value,
+                query_full, low_key_full, low_key_empty, low_value_full, low_value_empty,
+                high_key_full, high_key_empty, high_value_full, high_value_empty,
+                out, mean, value_scale, tile_scale + head_row * tiles, scale_log2e, out_b, out_h, out_n,
+                batch, head, head_row, row0, position0, query_length, count, active,
+                high_a, high_blocks, diagonal_start, low_a, low_blocks, sink_stop, low_resume,
+                D, CAUSAL, SMOOTH, INT8, HIGH_RAW, MASK_LOW, TILE_SCALE,
             )),
             (_producer, (
-                    query_desc, low_key_desc, low_scale_desc, low_value_desc, high_key_desc, high_scale_desc, high_value_desc,
-                    q_smem, low_key, low_scale, low_value, high_key, high_scale, high_value,
-                    q_full, low_key_full, low_value_full, low_key_empty, low_value_empty,
-                    high_key_full, high_value_full, high_key_empty, high_value_empty,
-                    batch, head, kv_head, head_row, row0, first_token,
-                    low_a, sink_stop, low_blocks, low_resume, high_a, 0, high_blocks, diagonal_start,
-                    VALUE_RAW, HIGH_RAW, LOW_N, HIGH_N, STAGES, HIGH_STAGES,
+                query_desc, low_key_desc, high_key_desc, low_scale_desc, high_scale_desc,
+                low_value_desc, high_value_desc,
+                query_smem, low_key, low_scale, low_value, high_key, high_scale, high_value,
+                query_full, low_key_full, low_key_empty, low_value_full, low_value_empty,
+                high_key_full, high_key_empty, high_value_full, high_value_empty,
+                batch, head, kv_head, head_row, row0, first_token,
+                high_a, high_blocks, diagonal_start, low_a, low_blocks, sink_stop, low_resume,
+                HIGH_RAW, TILE_SCALE,
             )),
         ],
         [4, 1],
-        [REGISTERS, 24],
-    )
-
-
-def _descriptor(tensor: Tensor, block_shape: list[int]) -> TensorDescriptor:
-    dtype = {
-        torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float32: gl.float32,
-        torch.int8: gl.int8, torch.float8_e4m3fn: gl.float8e4nv,
-    }[tensor.dtype]
-    layout = gl.NVMMASharedLayout.get_default_for(block_shape, dtype)
-    if tensor.dtype == torch.float32:
-        layout = gl.NVMMASharedLayout(0, 32, len(block_shape))
-    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), block_shape, layout)
+        [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
+    )  # fmt: skip
 
 
 def attend_hopper(
-    query, key, value, quantized, value_elements, value_scale, *, causal, scale, config, key_ranges=None,
-    low_n=128, high_n=64, stages=3, high_stages=2, exact_sums=True, registers=240,
-):
-    batch, heads, query_length, head_dim = query.shape
-    kv_heads, key_length, value_dim = value.shape[1:]
+    query: Tensor,
+    key: Tensor,
+    quantized: QuantizedKey,
+    quantized_value: QuantizedValue,
+    *,
+    causal: bool,
+    scale: float,
+    config: DMAConfig,
+    key_ranges: Tensor | None = None,
+) -> Tensor:
+    """Attention of `query` [B, H, M, D] to a quantised K and V; `why_not_hopper` says when it can.
+
+    Args:
+        key: the K that was quantised, [B, Hkv, N, D]; read where the high operand is "raw".
+        quantized: what `quantize_key` made of K, for the operand kinds of sm_90.
+        quantized_value: what `quantize_value(value, key_ranges, permuted=True)` made of V.
+        causal, scale, config, key_ranges: as in `reference_attention`.
+
+    Returns:
+        [B, H, M, D], stored as [B, M, H, D]. Rows of heads that `quantized.bad_keys` flags are not written:
+        the portable kernel's repair does them.
+    """
+    batch, heads, query_length, dim = query.shape
+    kv_heads, key_length = key.shape[1:3]
     low, high = quantized.low, quantized.high
-    same = low is high
-    diagonal, sink = (config.tile, 0) if same else (config.diagonal, config.sink)
-    out = query.new_empty(batch, query_length, heads, value_dim).transpose(1, 2)
-    value_raw = value_elements is None
-    v = value if value_raw else value_elements
+    assert low.elements is not None
+    assert low.scale is not None
+    # with one format everywhere the map decides nothing but which loop masks: one diagonal tile
+    diagonal, sink = (config.tile, 0) if low is high else (config.diagonal, config.sink)
+    out = query.new_empty(batch, query_length, heads, dim).transpose(1, 2)
     high_key = key if high.elements is None else high.elements
-    low_scale = low.scale.view(batch * kv_heads, -1)
-    args = (
-        _descriptor(query, [1, 1, 64, head_dim]),
-        _descriptor(low.elements, [1, 1, low_n, head_dim]),
-        _descriptor(low_scale, [1, low_n]),
-        _descriptor(v, [1, 1, low_n, value_dim] if value_raw else [1, 1, value_dim, low_n]),
-        _descriptor(high_key, [1, 1, high_n, head_dim]),
-        _descriptor(low_scale, [1, high_n]),
-        _descriptor(v, [1, 1, high_n, value_dim] if value_raw else [1, 1, value_dim, high_n]),
-        _descriptor(out, [1, 1, 64, value_dim]),
-    )
-    block_m = 128
+    scales = low.scale.flatten(0, 1)
+    tile_scale = FORMATS[low.format].key_tokens > 1
+    # the copy engine brings in the scales of single keys; any tensor stands for what is not read
+    key_scales = quantized_value.scale.flatten(0, 1) if tile_scale else scales
+    value_elements = quantized_value.elements
+    low_n, high_n, block_m = LOW_N.value, HIGH_N.value, BLOCK_M.value
     if key_ranges is None:
         blocks_m = triton.cdiv((key_length - query_length) % block_m + query_length, block_m)
-    else:
+    else:  # where a row's first block starts is known on the device only
         blocks_m = triton.cdiv(query_length - 1, block_m) + 1
     _hopper_kernel[(heads, batch, blocks_m)](
-        *args, quantized.mean if quantized.mean is not None else low_scale, low_scale if value_raw else value_scale,
-        quantized.bad_keys, key_ranges,
-        query_length, key_length, scale * LOG2_E,
-        GROUP=heads // kv_heads, D=head_dim, DV=value_dim, CAUSAL=causal, SMOOTH=quantized.mean is not None,
-        INT8=low.kind == "int8", HIGH_RAW=high.elements is None, VALUE_RAW=value_raw,
-        MASK_LOW=not causal and key_length % low_n != 0,
-        TILE=config.tile, DIAGONAL=diagonal, SINK=sink, LOW_N=low_n, HIGH_N=high_n, STAGES=stages,
-        HIGH_STAGES=high_stages, EXACT_SUMS=exact_sums, REGISTERS=registers,
+        _descriptor(query, [1, 1, 64, dim]),
+        _descriptor(low.elements, [1, 1, low_n, dim]), _descriptor(high_key, [1, 1, high_n, dim]),
+        _descriptor(key_scales, [1, low_n]), _descriptor(key_scales, [1, high_n]),
+        _descriptor(value_elements, [1, 1, dim, low_n]), _descriptor(value_elements, [1, 1, dim, high_n]),
+        out,
+        # a partition takes no None: any tensor stands for a mean that is not read
+        scales if quantized.mean is None else quantized.mean,
+        quantized_value.scale, scales, scales.shape[1],
+        quantized.bad_keys, key_ranges, query_length, key_length, scale * LOG2_E, *out.stride()[:3],
+        GROUP=heads // kv_heads, D=dim, CAUSAL=causal, SMOOTH=quantized.mean is not None,
+        INT8=low.kind == "int8", HIGH_RAW=high.elements is None, TILE_SCALE=tile_scale,
+        # without padding, a causal low tile lies wholly in the past: only these cases cut one
+        MASK_LOW=key_ranges is not None or (not causal and key_length % low_n != 0),
+        PRECISION_TILE=config.tile, DIAGONAL=diagonal, SINK=sink,
+        CONSUMER_REGISTERS=CONSUMER_REGISTERS, PRODUCER_REGISTERS=PRODUCER_REGISTERS,
         num_warps=4,
-    )
+    )  # fmt: skip
     return out
+
+
+def _descriptor(tensor: Tensor, block_shape: list[int]) -> TensorDescriptor:
+    """How the copy engine reads blocks of `tensor`, with the swizzle that wgmma wants."""
+    dtype = _DTYPES[tensor.dtype]
+    if tensor.dtype == torch.float32:  # scales, which ordinary loads read
+        layout = gl.NVMMASharedLayout(0, 32, len(block_shape))
+    else:
+        layout = gl.NVMMASharedLayout.get_default_for(block_shape, dtype)
+    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), block_shape, layout)
