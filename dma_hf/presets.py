@@ -28,7 +28,7 @@ class AutoFormats:
 AUTO_FORMATS = (
     # native block-scaled MMA: the paper's formats
     AutoFormats("Blackwell", 100, "nvfp4", "mxfp8", NONE),
-    AutoFormats("Hopper", 90, "int8", NONE, "fp8"),
+    AutoFormats("Hopper", 90, "int8_tile", NONE, "fp8"),
     # no kernel for a second product in 8 bits there
     AutoFormats("Ada, Ampere", 80, "int8", NONE, NONE),
 )

@@ -138,9 +138,14 @@ def _attend(
     any_bad = config.quantizes and bool(bad_query.any() or bad_key.any())
 
     probability_dtype, value = value.dtype, value.float()
+    value_mean: Tensor | None = None
     if config.pv == "fp8":
         # the largest magnitude of each channel of V becomes E4M3's largest; a NaN or Inf stays what it
         # is and does not count, or one bad token would spoil its channel for every row
+        if modifiers.sinks is None and key_length:
+            # weights sum to one, so V's mean passes attention as it is, and what is left is smaller
+            value_mean = key_mean(value)
+            value = value - value_mean
         finite = value.isfinite()
         magnitude = torch.where(finite, value.abs(), 0.0)
         # a row of zeros in front gives channels without tokens a maximum, too
@@ -208,7 +213,10 @@ def _attend(
         product = grouped.unflatten(2, probabilities.shape[2:4])
         if config.pv == "fp8":
             product = product * (value_scale.unsqueeze(2) / FP8_PROBABILITY_SCALE)
-        out[..., rows, :] = torch.where(row_sum == 0, 0.0, product / row_sum)
+        result = product / row_sum
+        if value_mean is not None:
+            result = result + value_mean.unsqueeze(2)
+        out[..., rows, :] = torch.where(row_sum == 0, 0.0, result)
     return out
 
 

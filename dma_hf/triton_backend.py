@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
 from .config import DMAConfig
 from .kernels.attention import attend_quantized
 from .kernels.hopper import attend_hopper
-from .kernels.quantize import quantize_key
-from .kernels.quantize_value import quantize_value
+from .kernels.quantize import QuantizedKey, quantize_key
+from .kernels.quantize_value import QuantizedValue, quantize_value
 from .masks import key_ranges_of
 from .modifiers import NO_MODIFIERS, Modifiers
 from .plan import hopper_serves, plan_call
@@ -41,28 +41,72 @@ def triton_attention(
             )
     if query.numel() == 0 or key.shape[2] == 0:
         return query.new_zeros(*query.shape[:3], value.shape[-1])
-    if modifiers.empty and hopper_serves(config, query, key, value, causal):
-        return _on_hopper(query, key, value, causal=causal, scale=scale, config=config)
-    plan = plan_call(query, value, config, masked=modifiers.mask is not None)
+    prepared = prepare(query, key, value, causal=causal, config=config, modifiers=modifiers)
+    return attend_prepared(
+        query, key, value, prepared, causal=causal, scale=scale, config=config, modifiers=modifiers
+    )
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What one call quantises before it attends.
+
+    Attributes:
+        key: K's operands.
+        value: V, quantised where `config.pv` says so.
+        key_ranges: int32 [B, 2], of the query ranges; None without.
+        on_hopper: whether the kernel for Hopper serves the call.
+    """
+
+    key: QuantizedKey
+    value: Tensor | QuantizedValue
+    key_ranges: Tensor | None
+    on_hopper: bool
+
+
+def prepare(
+    query: Tensor, key: Tensor, value: Tensor, *, causal: bool, config: DMAConfig, modifiers: Modifiers
+) -> Prepared:
+    """Quantise K, and V where the setting says so."""
+    plan = plan_call(query, value, config)
     ranges = modifiers.query_ranges
     key_ranges = None if ranges is None else key_ranges_of(ranges)
-    quantized = quantize_key(key, config, plan.low_kind, plan.high_kind, key_ranges)
-    values = quantize_value(value, key_ranges) if config.pv == "fp8" else value
-    return attend_quantized(
-        query, key, values, quantized, causal=causal, scale=scale, config=config, plan=plan,
-        modifiers=modifiers, key_ranges=key_ranges,
-    )  # fmt: skip
-
-
-def _on_hopper(
-    query: Tensor, key: Tensor, value: Tensor, *, causal: bool, scale: float, config: DMAConfig
-) -> Tensor:
-    plan = plan_call(query, value, config)
-    quantized = quantize_key(key, config, plan.low_kind, plan.high_kind)
-    values = quantize_value(value, permuted=True)
-    out = attend_hopper(query, key, quantized, values, causal=causal, scale=scale, config=config)
-    # heads whose K holds a NaN or Inf; with V as given, which is no less exact than FP8
-    plan = plan_call(query, value, replace(config, pv="none"))
-    return attend_quantized(
-        query, key, value, quantized, causal=causal, scale=scale, config=config, plan=plan, repair=out
+    on_hopper = modifiers.empty and hopper_serves(config, query, key, value, causal)
+    return Prepared(
+        quantize_key(key, config, plan.low_kind, plan.high_kind, key_ranges),
+        _values(value, key_ranges, modifiers, on_hopper) if config.pv == "fp8" else value,
+        key_ranges,
+        on_hopper,
     )
+
+
+def _values(
+    value: Tensor, key_ranges: Tensor | None, modifiers: Modifiers, on_hopper: bool
+) -> QuantizedValue:
+    # with sinks the weights of V do not sum to one
+    return quantize_value(value, key_ranges, smooth=modifiers.sinks is None, permuted=on_hopper)
+
+
+def attend_prepared(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    prepared: Prepared,
+    *,
+    causal: bool,
+    scale: float,
+    config: DMAConfig,
+    modifiers: Modifiers,
+) -> Tensor:
+    """Attention to what `prepare` made of `key` and `value`."""
+    values, out = prepared.value, None
+    if prepared.on_hopper:
+        assert isinstance(values, QuantizedValue)
+        out = attend_hopper(query, key, prepared.key, values, causal=causal, scale=scale, config=config)
+        # what is left are heads whose K holds a NaN or Inf; with V as given, no less exact than in FP8
+        values, config = value, replace(config, pv="none")
+    return attend_quantized(
+        query, key, values, prepared.key, causal=causal, scale=scale, config=config,
+        plan=plan_call(query, value, config, masked=modifiers.mask is not None),
+        modifiers=modifiers, key_ranges=prepared.key_ranges, repair=out,
+    )  # fmt: skip

@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +15,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from dma_hf import DMAConfig, diagonal_tiled_attention
 from dma_hf.plan import plan_call
-from dma_hf.policy import choose_backend
+from dma_hf.policy import choose_backend, device_capability, runs_on_sdpa
+from dma_hf.presets import resolve
 
 from .errors import EvalError
 from .kernel_inputs import Inputs
@@ -22,13 +24,14 @@ from .kernel_timing import Call
 from .runs import parse_config
 
 DEFAULT_KERNEL_CONFIGS = (
+    "auto",
+    "fast",
+    "accurate",
     "paper",
     "low=mxfp4,high=none",
-    "low=fp8,high=none",
-    "low=int8,high=none",
     "low=none,high=none",
 )
-"""The published setting, the formats that Hopper multiplies at its 8-bit rate, and nothing quantised."""
+"""The presets, MXFP4 at the 8-bit rate, and nothing quantised."""
 
 Operations = Iterator[tuple[str, Call]]
 """Named calls: first "attention", all of it; then its parts, where there are any."""
@@ -152,9 +155,12 @@ def dma_provider(name: str, config: DMAConfig, *, parts: bool = True) -> Provide
                 query, key, value, causal=causal, scale=inputs.scale, config=config
             ),
         )
-        backend = choose_backend(config, query.device, query.shape[-1], value.shape[-1])
-        if parts and backend == "triton" and config.quantizes:
-            yield from _parts(inputs, config)
+        setting = resolve(config, device_capability(query.device) if query.is_cuda else None)
+        length = inputs.shape.length
+        if not parts or not setting.quantizes or runs_on_sdpa(setting, length, length, causal, True):
+            return
+        if choose_backend(setting, query.device, query.shape[-1], value.shape[-1]) == "triton":
+            yield from _parts(inputs, setting)
 
     return Provider(name, operations, config)
 
@@ -168,24 +174,27 @@ def key_quantizer(key: Tensor, config: DMAConfig) -> Call:
 
 
 def _parts(inputs: Inputs, config: DMAConfig) -> Operations:
-    """What the Triton backend does, one call after the other."""
-    from dma_hf.kernels.attention import attend_quantized
+    """What the Triton backend does, one call after the other: quantises K (and V for FP8 PV), and attends."""
+    from dma_hf.modifiers import NO_MODIFIERS
+    from dma_hf.triton_backend import attend_prepared, prepare
 
-    query, key, value = inputs.query, inputs.key, inputs.value
-    quantize = key_quantizer(key, config)
+    query, key, value, causal = inputs.query, inputs.key, inputs.value, inputs.shape.causal
+
+    def quantize() -> Any:
+        return prepare(query, key, value, causal=causal, config=config, modifiers=NO_MODIFIERS)
+
     yield "quantize", quantize
-
-    quantized = quantize()
+    prepared = quantize()
     yield (
         "attend",
-        lambda: attend_quantized(
+        lambda: attend_prepared(
             query,
             key,
             value,
-            quantized,
-            causal=inputs.shape.causal,
+            prepared,
+            causal=causal,
             scale=inputs.scale,
             config=config,
-            plan=plan_call(query, value, config),
+            modifiers=NO_MODIFIERS,
         ),
     )

@@ -293,7 +293,7 @@ def _walk(
 )  # fmt: skip
 def _attention_kernel(
     query, low_value, high_value, out, scratch, key_ranges, query_ranges, mask, low_tiles, high_tiles, sinks,
-    value_scale, mean, bad_keys, key,
+    value_scale, value_mean, mean, bad_keys, key,
     low_key, low_block_scales, low_scale, high_key, high_block_scales, high_scale,
     query_length, key_length, scale_log2e, softcap, key_rows, mask_b, mask_h, mask_m, mask_n,
     tiles_b, tiles_h, low_tiles_m, high_tiles_m,
@@ -446,6 +446,10 @@ def _attention_kernel(
         channel = value_scale + (batch * kv_heads + kv_head) * VALUE_DIM + value_columns
         scale = tl.load(channel, mask=value_columns < VALUE_DIM, other=0.0) * (1.0 / PROBABILITY_SCALE)
         result = result * scale[None, :]
+        if value_mean is not None:
+            channel = value_mean + (batch * kv_heads + kv_head) * VALUE_DIM + value_columns
+            average = tl.load(channel, mask=value_columns < VALUE_DIM, other=0.0)
+            result = tl.where((row_sum == 0.0)[:, None], 0.0, result + average[None, :])
     out_base = out + batch.to(tl.int64) * out_b + head.to(tl.int64) * out_h
     out_pointers = out_base + rows.to(tl.int64)[:, None] * out_n + value_columns[None, :]
     out_mask = real_row[:, None] & (value_columns < VALUE_DIM)[None, :]
@@ -483,7 +487,9 @@ def attend_quantized(
     blocks, use_tma, via_memory = plan.blocks, plan.use_tma, plan.via_memory
     batch, heads, query_length, head_dim = query.shape
     kv_heads, key_length = key.shape[1:3]
-    value_scale = value.scale if isinstance(value, QuantizedValue) else None
+    value_scale, value_mean = None, None
+    if isinstance(value, QuantizedValue):
+        value_scale, value_mean = value.scale, value.mean
     values = value.elements if isinstance(value, QuantizedValue) else value
     value_dim = values.shape[2 if value_scale is not None else 3]
     columns = padded_columns(head_dim)
@@ -554,7 +560,7 @@ def attend_quantized(
     for repairs in launches if quantized.bad_keys is None else (*launches, True):
         _attention_kernel[(heads, batch, blocks_m)](
             query, low_value, high_value, out, scratch, key_ranges, ranges, mask, *tiles, modifiers.sinks,
-            value_scale, quantized.mean, quantized.bad_keys, key,
+            value_scale, value_mean, quantized.mean, quantized.bad_keys, key,
             low_key, low_scales, low.scale, high_key, high_scales, high.scale,
             query_length, key_length, scale * LOG2_E, softcap, key_rows, *mask_strides, *tile_strides,
             *query.stride()[:3], *values.stride()[:3], *out.stride()[:3], *scratch.stride()[:3],

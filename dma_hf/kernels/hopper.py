@@ -312,11 +312,11 @@ def _consumer(
     query_smem, low_query, low_key, low_scale, low_value, high_key, high_scale, high_value,
     query_full, low_key_full, low_key_empty, low_value_full, low_value_empty,
     high_key_full, high_key_empty, high_value_full, high_value_empty,
-    out, mean, value_scale, tile_scale, scale_log2e, out_b, out_h, out_n,
+    out, mean, value_scale, value_mean, tile_scale, scale_log2e, out_b, out_h, out_n,
     batch, head, head_row, row0, position0, query_length, count, active,
     high_a, high_blocks, diagonal_start, low_a, low_blocks, sink_stop, low_resume,
     D: gl.constexpr, CAUSAL: gl.constexpr, SMOOTH: gl.constexpr, INT8: gl.constexpr,
-    HIGH_RAW: gl.constexpr, MASK_LOW: gl.constexpr, TILE_SCALE: gl.constexpr,
+    HIGH_RAW: gl.constexpr, MASK_LOW: gl.constexpr, TILE_SCALE: gl.constexpr, SMOOTH_VALUE: gl.constexpr,
 ):  # fmt: skip
     """64 queries of the program's 128."""
     M: gl.constexpr = 64
@@ -475,6 +475,10 @@ def _consumer(
         accumulator = _rescaled(accumulator, 1.0 / gl.where(row_sum == 0.0, 1.0, row_sum))
         column = gl.arange(0, D, gl.SliceLayout(0, OUT))
         accumulator = accumulator * gl.load(value_scale + head_row * D + column)[None, :]
+        if SMOOTH_VALUE:
+            average = accumulator + gl.load(value_mean + head_row * D + column)[None, :]
+            empty = gl.convert_layout(row_sum == 0.0, gl.SliceLayout(1, OUT))
+            accumulator = gl.where(empty[:, None], 0.0, average)
         # Through the query's own shared memory, which is free now, rows become contiguous. They are not
         # stored by the copy engine: a store that starts at a negative row is an illegal instruction.
         raw_query.store(accumulator.to(raw_query.dtype))
@@ -509,10 +513,11 @@ def _barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
 @gluon.jit(do_not_specialize=["query_length", "key_length"])
 def _hopper_kernel(
     query_desc, low_key_desc, high_key_desc, low_scale_desc, high_scale_desc, low_value_desc, high_value_desc,
-    out, mean, value_scale, tile_scale, tiles, bad_keys, ranges, query_length, key_length, scale_log2e,
-    out_b, out_h, out_n,
+    out, mean, value_scale, value_mean, tile_scale, tiles, bad_keys, ranges, query_length, key_length,
+    scale_log2e, out_b, out_h, out_n,
     GROUP: gl.constexpr, D: gl.constexpr, CAUSAL: gl.constexpr, SMOOTH: gl.constexpr, INT8: gl.constexpr,
-    HIGH_RAW: gl.constexpr, MASK_LOW: gl.constexpr, TILE_SCALE: gl.constexpr, PRECISION_TILE: gl.constexpr,
+    HIGH_RAW: gl.constexpr, MASK_LOW: gl.constexpr, TILE_SCALE: gl.constexpr,
+    SMOOTH_VALUE: gl.constexpr, PRECISION_TILE: gl.constexpr,
     DIAGONAL: gl.constexpr, SINK: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
@@ -575,20 +580,22 @@ def _hopper_kernel(
                 query_smem, low_query, low_key, low_scale, low_value, high_key, high_scale, high_value,
                 query_full, low_key_full, low_key_empty, low_value_full, low_value_empty,
                 high_key_full, high_key_empty, high_value_full, high_value_empty,
-                out, mean, value_scale, tile_scale + head_row * tiles, scale_log2e, out_b, out_h, out_n,
+                out, mean, value_scale, value_mean, tile_scale + head_row * tiles,
+                scale_log2e, out_b, out_h, out_n,
                 batch, head, head_row, row0, position0, query_length, count, active,
                 high_a, high_blocks, diagonal_start, low_a, low_blocks, sink_stop, low_resume,
-                D, CAUSAL, SMOOTH, INT8, HIGH_RAW, MASK_LOW, TILE_SCALE,
+                D, CAUSAL, SMOOTH, INT8, HIGH_RAW, MASK_LOW, TILE_SCALE, SMOOTH_VALUE,
             )),
             (_consumer, (
                 1,
                 query_smem, low_query, low_key, low_scale, low_value, high_key, high_scale, high_value,
                 query_full, low_key_full, low_key_empty, low_value_full, low_value_empty,
                 high_key_full, high_key_empty, high_value_full, high_value_empty,
-                out, mean, value_scale, tile_scale + head_row * tiles, scale_log2e, out_b, out_h, out_n,
+                out, mean, value_scale, value_mean, tile_scale + head_row * tiles,
+                scale_log2e, out_b, out_h, out_n,
                 batch, head, head_row, row0, position0, query_length, count, active,
                 high_a, high_blocks, diagonal_start, low_a, low_blocks, sink_stop, low_resume,
-                D, CAUSAL, SMOOTH, INT8, HIGH_RAW, MASK_LOW, TILE_SCALE,
+                D, CAUSAL, SMOOTH, INT8, HIGH_RAW, MASK_LOW, TILE_SCALE, SMOOTH_VALUE,
             )),
             (_producer, (
                 query_desc, low_key_desc, high_key_desc, low_scale_desc, high_scale_desc,
@@ -656,10 +663,13 @@ def attend_hopper(
         out,
         # a partition takes no None: any tensor stands for a mean that is not read
         scales if quantized.mean is None else quantized.mean,
-        quantized_value.scale, scales, scales.shape[1],
+        quantized_value.scale,
+        quantized_value.scale if quantized_value.mean is None else quantized_value.mean,
+        scales, scales.shape[1],
         quantized.bad_keys, key_ranges, query_length, key_length, scale * LOG2_E, *out.stride()[:3],
         GROUP=heads // kv_heads, D=dim, CAUSAL=causal, SMOOTH=quantized.mean is not None,
         INT8=low.kind == "int8", HIGH_RAW=high.elements is None, TILE_SCALE=tile_scale,
+        SMOOTH_VALUE=quantized_value.mean is not None,
         # without padding, a causal low tile lies wholly in the past: only these cases cut one
         MASK_LOW=key_ranges is not None or (not causal and key_length % low_n != 0),
         PRECISION_TILE=config.tile, DIAGONAL=diagonal, SINK=sink,

@@ -134,10 +134,10 @@ def _sum_kernel(
 
 @triton.jit(do_not_specialize=["key_length"])
 def _mean_kernel(
-    partial_sums, mean, bad_keys, ranges, key_length,
+    partial_sums, mean, flags, ranges, key_length,
     HEAD_DIM: tl.constexpr, COLUMNS: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
-    """The mean of one head from its partial sums: mean [B, Hkv, HEAD_DIM] float32."""
+    """The mean of one head from its partial sums: mean [B, Hkv, HEAD_DIM] float32; and a flag set to 0."""
     head, batch = tl.program_id(0), tl.program_id(1)
     index = batch * tl.num_programs(0) + head
     _, count = token_range(ranges, batch, key_length)
@@ -146,7 +146,8 @@ def _mean_kernel(
     total = tl.sum(tl.load(partial_sums + offsets), 0)
     result = tl.div_rn(total, tl.maximum(count, 1).to(tl.float32))
     tl.store(mean + index * HEAD_DIM + column, result, mask=column < HEAD_DIM)
-    tl.store(bad_keys + index, 0)  # the quantiser raises it
+    if flags is not None:
+        tl.store(flags + index, 0)
 
 
 @triton.jit
@@ -287,20 +288,7 @@ def quantize_key(
     new_flags = torch.empty if config.smooth_k else torch.zeros
     bad_keys = new_flags(batch, heads, dtype=torch.int32, device=key.device)
     if config.smooth_k:
-        mean = key.new_empty(batch, heads, head_dim, dtype=torch.float32)
-        wanted = triton.next_power_of_2(triton.cdiv(MEAN_PROGRAMS, batch * heads))
-        chunks = min(max(wanted, MIN_CHUNKS), MAX_CHUNKS)
-        partial_sums = key.new_empty(batch, heads, chunks, columns, dtype=torch.float32)
-        _sum_kernel[(chunks, heads, batch)](
-            key, partial_sums, key_ranges, length, *key.stride()[:3],
-            HEAD_DIM=head_dim, COLUMNS=columns, ROWS=max(16, MEAN_ELEMENTS // columns), CHUNKS=chunks,
-            num_warps=MEAN_WARPS,
-        )  # fmt: skip
-        # a launch of its own: summing the chunks anew in every program of the quantiser cost it more
-        _mean_kernel[(heads, batch)](
-            partial_sums, mean, bad_keys, key_ranges, length,
-            HEAD_DIM=head_dim, COLUMNS=columns, CHUNKS=chunks, num_warps=4,
-        )  # fmt: skip
+        mean = token_mean(key, key_ranges, flags=bad_keys)  # the quantiser raises the flags
     rotation = hadamard_size(head_dim) if config.rotate else 1
     granularities = (scale_granularity(operand.format, operand.kind) for operand in (low, high))
     block_rows, warps = (TILE, 16) if "tile" in granularities else (ROWS, WARPS)
@@ -317,6 +305,27 @@ def quantize_key(
         num_warps=warps,
     )  # fmt: skip
     return QuantizedKey(low, high, mean, bad_keys)
+
+
+def token_mean(x: Tensor, key_ranges: Tensor | None, flags: Tensor | None = None) -> Tensor:
+    """The mean of `x` [B, Hkv, N, D] over its tokens: float32 [B, Hkv, D]. Sets `flags` [B, Hkv] to 0."""
+    batch, heads, length, dim = x.shape
+    columns = padded_columns(dim)
+    mean = x.new_empty(batch, heads, dim, dtype=torch.float32)
+    wanted = triton.next_power_of_2(triton.cdiv(MEAN_PROGRAMS, batch * heads))
+    chunks = min(max(wanted, MIN_CHUNKS), MAX_CHUNKS)
+    partial_sums = x.new_empty(batch, heads, chunks, columns, dtype=torch.float32)
+    _sum_kernel[(chunks, heads, batch)](
+        x, partial_sums, key_ranges, length, *x.stride()[:3],
+        HEAD_DIM=dim, COLUMNS=columns, ROWS=max(16, MEAN_ELEMENTS // columns), CHUNKS=chunks,
+        num_warps=MEAN_WARPS,
+    )  # fmt: skip
+    # a launch of its own: summing the chunks anew in every program of the quantiser cost it more
+    _mean_kernel[(heads, batch)](
+        partial_sums, mean, flags, key_ranges, length,
+        HEAD_DIM=dim, COLUMNS=columns, CHUNKS=chunks, num_warps=4,
+    )  # fmt: skip
+    return mean
 
 
 def _empty_operand(format: str, kind: OperandKind, key: Tensor, rows: int) -> KeyOperand:

