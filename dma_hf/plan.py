@@ -67,5 +67,6 @@ def hopper_serves(config: DMAConfig, query: Tensor, key: Tensor, value: Tensor, 
 def plan_call(query: Tensor, value: Tensor, config: DMAConfig, masked: bool = False) -> Plan:
     """The plan for one call on the device of its tensors."""
     capability = device_capability(query.device)
-    element_size = 1 if config.pv == "fp8" else value.element_size()
+    # float32 inputs need their room also where V is FP8: K may stay as given
+    element_size = 1 if config.pv == "fp8" and value.element_size() == 2 else value.element_size()
     return make_plan(config, capability, query.shape[-1], value.shape[-1], element_size, masked)

@@ -96,7 +96,7 @@ def test_rows_in_the_middle(config):
 def test_long_sequences_in_other_types(dtype):
     query, key, value = (normal(1, 2, 8192, 128, dtype=dtype, seed=seed) for seed in range(3))
     key = (key * 8).round() / 8  # sums of these are exact, so the mean does not depend on their order
-    out = diagonal_tiled_attention(query, key, value)
+    out = diagonal_tiled_attention(query, key, value, config=DMAConfig())
     expected = reference_rows(query, key, value, DMAConfig(), True, 8192 - 128)
     assert relative_error(out[:, :, -128:], expected) <= (1e-4 if dtype == torch.float32 else 2e-3)
 
@@ -104,8 +104,10 @@ def test_long_sequences_in_other_types(dtype):
 @pytest.mark.parametrize("layout", ["contiguous", "packed", "unaligned", "broadcast"])
 def test_layouts(layout):
     query, key, value = (laid_out(normal(2, 4, 2000, 128, seed=seed), layout) for seed in range(3))
-    out = diagonal_tiled_attention(query, key, value)
-    same = diagonal_tiled_attention(query.contiguous(), key.contiguous(), value.contiguous())
+    out = diagonal_tiled_attention(query, key, value, config=DMAConfig())
+    same = diagonal_tiled_attention(
+        query.contiguous(), key.contiguous(), value.contiguous(), config=DMAConfig()
+    )
     assert torch.equal(out, same)
 
 
@@ -146,17 +148,22 @@ def test_masks(name):
 def test_a_padded_row_is_what_it_is_alone():
     case = Case(DMAConfig(), (3000, 3000), (128, 128), (4, 2), batch=2, real=((0.3, 1.0), (0.0, 0.6)))
     inputs = case.inputs()
-    out = diagonal_tiled_attention(**inputs)
+    out = diagonal_tiled_attention(**inputs, config=DMAConfig())
     for row in range(2):
         real = inputs["padding_mask"][row]
         alone = [inputs[name][row : row + 1, :, real] for name in ("query", "key", "value")]
-        assert relative_error(out[row : row + 1, :, real], diagonal_tiled_attention(*alone)) <= 1e-3
+        expected = diagonal_tiled_attention(*alone, config=DMAConfig())
+        assert relative_error(out[row : row + 1, :, real], expected) <= 1e-3
 
 
 def test_a_window_visits_no_more_than_the_window():
     query, key, value = (normal(1, heads, 32768, 128, seed=heads) for heads in (32, 8, 8))
     full, window = (
-        do_bench(lambda size=size: diagonal_tiled_attention(query, key, value, sliding_window=size))
+        do_bench(
+            lambda size=size: diagonal_tiled_attention(
+                query, key, value, config=DMAConfig(), sliding_window=size
+            )
+        )
         for size in (None, 4096)
     )
     # 4k of 16k keys that a causal query sees on average: 4.3 times fewer, plus the window's edges
@@ -194,7 +201,7 @@ def test_offsets_beyond_2_to_the_31_in_key_and_value():
     key.copy_(normal(1, 2, length, 128))
     value.copy_(normal(1, 2, length, 128, seed=1))
     query = normal(1, 2, 256, 128, seed=2)
-    out = diagonal_tiled_attention(query, key, value)
+    out = diagonal_tiled_attention(query, key, value, config=DMAConfig())
     expected = reference_rows(query, key, value, DMAConfig(), True, 128)
     assert relative_error(out[:, :, 128:], expected) <= 2e-3
 
@@ -210,7 +217,7 @@ def test_two_runs_give_the_same_bits(config):
 
 def test_every_element_is_written(uninitialized_memory_is_nan):
     query, key, value = (normal(2, heads, 4001, 128, seed=heads) for heads in (8, 2, 2))
-    assert diagonal_tiled_attention(query, key, value).isfinite().all()
+    assert diagonal_tiled_attention(query, key, value, config=DMAConfig()).isfinite().all()
 
 
 @pytest.mark.parametrize("config", ["paper", "low=mxfp4,high=none"])
@@ -237,7 +244,7 @@ def test_ranges_take_no_memory_of_n_by_n(options):
         "sequence_ids": positions // 5000,
         "sliding_window": 4096,
     }
-    call = {options: given[options]}
+    call = {options: given[options], "config": DMAConfig()}
     out = diagonal_tiled_attention(query, key, value, **call)
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated() - out.nbytes
@@ -254,7 +261,8 @@ def llama() -> LlamaForCausalLM:
         vocab_size=128, hidden_size=256, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, head_dim=64, max_position_embeddings=2048,
     )  # fmt: skip
-    return LlamaForCausalLM._from_config(config, attn_implementation="dma").eval().to("cuda", torch.bfloat16)
+    model = LlamaForCausalLM._from_config(config, attn_implementation="dma").eval()
+    return configure(model.to("cuda", torch.bfloat16), DMAConfig())
 
 
 @pytest.fixture(scope="module")
@@ -302,7 +310,7 @@ def test_a_model_compiles_without_graph_breaks(llama):
     tokens = torch.randint(2, 128, (2, 700), device="cuda")
     compiled = torch.compile(llama, fullgraph=True)
     with torch.inference_mode():
-        # without a mask or a cache, a tracer cannot rule out packed sequences, which are refused
+        # without a mask or a cache, a tracer cannot rule out packed sequences, and makes a mask of M x N
         out, expected = (model(tokens, torch.ones_like(tokens)).logits for model in (compiled, llama))
     # the compiler fuses, so 16-bit roundings fall elsewhere
     assert relative_error(out, expected) <= 2e-2

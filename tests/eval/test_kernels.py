@@ -187,7 +187,7 @@ def test_on_the_kernels_the_parts_are_timed_too_and_make_the_whole() -> None:
     results = {op: call() for op, call in provider.operations(inputs)}
     assert list(results) == ["attention", "quantize", "attend"]
     assert torch.equal(results["attention"], results["attend"])
-    assert results["quantize"].low.elements.dtype == torch.float8_e4m3fn
+    assert results["quantize"].key.low.elements.dtype == torch.float8_e4m3fn
 
     _, whole, quantize, attend = compare_attention(
         [shape], [SDPA, provider], InventedMeter(1.0, 4.0, 1.0, 3.0), ignore
