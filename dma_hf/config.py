@@ -33,7 +33,8 @@ class DMAConfig:
 
     Attributes:
         low: format of the tiles far from the diagonal: "mxfp8" (= "mxfp8_e4m3"), "mxfp8_e5m2",
-            "mxfp4", "nvfp4", "fp8", "int8", "none" (unquantised) or "auto" (the hardware decides).
+            "mxfp4", "nvfp4", "fp8", "int8", "fp8_tile", "int8_tile", "none" (unquantised) or "auto" (the
+            hardware decides).
         high: format of diagonal and sink tiles; the same names.
         diagonal: width of the high-precision diagonal in tokens, a multiple of `tile`; with
             `diagonal == tile` a query tile sees only its own tile in high precision.

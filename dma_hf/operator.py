@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor
 
@@ -61,7 +63,9 @@ def _attention_op(
     config = DMAConfig(low, high, diagonal, sink, tile, smooth_k, rotate, scale_rule, pv)  # type: ignore[arg-type]
     run = triton_attention if backend == "triton" else reference_attention
     modifiers = Modifiers(query_ranges, mask, softcap, sinks)
-    out = run(query, key, value, causal=causal, scale=scale, config=config, modifiers=modifiers)
+    # Triton launches on the current device, not on that of its arguments: a model may be spread over several
+    with torch.cuda.device(query.device) if query.is_cuda else nullcontext():
+        out = run(query, key, value, causal=causal, scale=scale, config=config, modifiers=modifiers)
     return out.transpose(1, 2).contiguous().transpose(1, 2)
 
 

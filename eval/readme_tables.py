@@ -48,10 +48,15 @@ def fill(page: str, folder: Path) -> str:
 def render(content: dict[str, Any]) -> str:
     """The content of a results file as Markdown: its table and its origin.
 
-    Knows ``perplexity.json``, ``recall.json``, ``speed.json`` and the attention suite's ``kernels.json``.
+    Knows ``perplexity.json``, ``recall.json``, ``speed.json``, ``models.json``, the attention suite's
+    ``kernels.json`` and ``kernels_masks.json``.
     """
     runs = content["runs"]
-    if "op" in runs[0]:
+    if "mask_bytes" in runs[0]:
+        columns, rows, what = _masks(runs)
+    elif "outcome" in runs[0]:
+        columns, rows, what = _models(content)
+    elif "op" in runs[0]:
         columns, rows, what = _kernels(runs)
     elif "prefill_seconds" in runs[0]:
         columns, rows, what = _speed(content)
@@ -77,6 +82,45 @@ def _kernels(runs: Sequence[Run]) -> Table:
         f" {shape['heads']} / {shape['kv_heads']} heads"
     )
     return speed_columns(runs), speed_rows(runs), what
+
+
+def _masks(runs: Sequence[Run]) -> Table:
+    timed = [run for run in runs if run["ms"] is not None]
+    rows = [
+        [
+            _batch(run["shape"]),
+            run["provider"],
+            f"{run['ms']:.3g}",
+            f"{run['ratio_to_sdpa_default']:.2f}",
+            f"{run['mask_bytes'] / 2**20:,.1f}",
+            f"{run['extra_bytes'] / 2**20:,.0f}",
+        ]
+        for run in timed
+    ]
+    what = "32 / 8 heads, head dimension 128, causal; × is SDPA's time with its mask over the attention's"
+    return ["batch", "attention", "ms", "× SDPA", "mask MiB", "extra MiB"], rows, what
+
+
+def _batch(shape: dict[str, Any]) -> str:
+    mask = shape["mask"] if shape["mask_tokens"] is None else f"{shape['mask']} of {shape['mask_tokens']:,}"
+    return f"{mask}: {shape['batch']} × {shape['length']:,}"
+
+
+def _models(content: dict[str, Any]) -> Table:
+    meaning = {
+        "kernel": "main attention runs as dma, outputs equal SDPA's",
+        "sdpa": "handed to SDPA (or eager, where Transformers has no SDPA), with a warning",
+        "no attention": "no softmax attention to replace",
+        "refused": "an error names what is missing",
+        "wrong": "outputs differ from SDPA's",
+        "not built": "no tiny model could be made here (a package is missing, or generation failed)",
+    }
+    rows = [[name, meaning[name], str(count)] for name, count in content["counts"].items()]
+    return (
+        ["outcome", "meaning", "model types"],
+        rows,
+        f"{len(content['runs'])} model types, tiny random models",
+    )
 
 
 def _speed(content: dict[str, Any]) -> Table:
