@@ -265,7 +265,8 @@ def dma_mask(
     pattern = None if is_decode_step(q_length, kv_length) else _readable(mask_function, tracing)
     padding = None
     if pattern is not None and attention_mask is not None:
-        padding = _padding(attention_mask, kv_offset + kv_length)
+        # as in SDPA: of a mask with more rows than the batch (Musicgen: one a codebook), the first count
+        padding = _padding(attention_mask[:batch_size], kv_offset + kv_length)
         # a graph cannot look at values: traced, every mask becomes ranges, and holes in it go unnoticed
         if not tracing and has_holes(padding):
             pattern = None

@@ -59,8 +59,11 @@ class TinyModel:
     inputs: dict[str, Any]
     relaxed: tuple[str, ...]
 
-    def build(self, attention: str) -> PreTrainedModel:
-        """The model under `attn_implementation=attention`: the same weights in every call."""
+    def build(self, attention: str | None) -> PreTrainedModel:
+        """The model under `attn_implementation=attention`: the same weights in every call.
+
+        None leaves the choice to Transformers.
+        """
         return build(self.model_class, self.config, attention)
 
 

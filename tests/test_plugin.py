@@ -27,6 +27,7 @@ from transformers import (
     Qwen3ForCausalLM,
     StaticCache,
 )
+from transformers.masking_utils import sdpa_mask
 
 import dma_hf.plugin
 from dma_hf import DMAConfig, DMAFallbackWarning, configure, diagonal_tiled_attention
@@ -526,6 +527,13 @@ def test_a_causal_prompt_shorter_than_its_static_cache_with_a_position_bias(tiny
     torch.testing.assert_close(
         out, sdpa(query, attn_mask=torch.where(seen, bias, -torch.inf)), atol=1e-5, rtol=0
     )
+
+
+def test_a_padding_mask_with_more_rows_than_the_batch():
+    """Musicgen's mask has a row for each codebook of each sequence; SDPA's mask takes the first rows."""
+    padding = padding_mask((13, 27, 0), (0, 40, 0), (0, 20, 20), (5, 35, 0)).bool()
+    settings = {"batch_size": 2, "q_length": 40, "kv_length": 40, "attention_mask": padding}
+    assert torch.equal(dma_hf.plugin.dma_mask(**settings).dense(), sdpa_mask(**settings))
 
 
 def test_a_model_that_writes_into_its_mask(tiny_llama):

@@ -88,6 +88,15 @@ def test_padding_is_not_compared() -> None:
     assert largest_difference({"x": left}, {"x": right}, {}) == 7
 
 
+def test_padding_is_not_compared_where_the_model_appends_a_token() -> None:
+    mask = torch.tensor([[0, 1], [1, 1]])
+    left, right = torch.zeros(2, 3, 4), torch.zeros(2, 3, 4)
+    right[0, 0] = 7
+    assert largest_difference({"x": left}, {"x": right}, {"attention_mask": mask}) == 0
+    right[0, 2] = 5
+    assert largest_difference({"x": left}, {"x": right}, {"attention_mask": mask}) == 5
+
+
 def test_large_outputs_are_compared_relatively_and_what_is_missing_is_infinitely_wrong() -> None:
     large = torch.full((4,), 1000.0)
     assert largest_difference({"x": large}, {"x": large + 1}, {}) == pytest.approx(1e-3)
