@@ -66,10 +66,15 @@ def _attention_op(
     # Triton launches on the current device, not on that of its arguments: a model may be spread over several
     with torch.cuda.device(query.device) if query.is_cuda else nullcontext():
         out = run(query, key, value, causal=causal, scale=scale, config=config, modifiers=modifiers)
-    return out.transpose(1, 2).contiguous().transpose(1, 2)
+    # without a query, every stride is contiguous and `contiguous` changes none
+    return out.transpose(1, 2).contiguous().transpose(1, 2) if out.numel() else _empty_out(query, value)
 
 
 @_attention_op.register_fake
 def _(query: Tensor, key: Tensor, value: Tensor, *args: object) -> Tensor:
+    return _empty_out(query, value)
+
+
+def _empty_out(query: Tensor, value: Tensor) -> Tensor:
     batch, heads, length, _ = query.shape
     return query.new_empty(batch, length, heads, value.shape[-1]).transpose(1, 2)

@@ -317,7 +317,7 @@ def test_auto_on_a_cpu_is_the_reference_even_under_the_interpreter(no_launch):
 # --- the custom op ------------------------------------------------------------------------------------
 
 
-SETTING = (True, 0.125, "nvfp4", "mxfp8", 32, 32, 32, True, False, "floor", "none")
+SETTING = (True, 0.125, "nvfp4", "mxfp8", 32, 32, 32, True, False, "floor", "none", "triton")
 
 
 @pytest.mark.parametrize("modified", [False, True])

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dma_hf.kernels.quantize_value import PERMUTATION, TILE, QuantizedValue, quantize_value
 from dma_hf.rounding import encode_e4m3
+from dma_hf.transforms import key_mean
 
 
 def make_value(
@@ -53,26 +54,36 @@ def assert_is_quantized(quantized: QuantizedValue, value: Tensor) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_is_the_definition(dtype: torch.dtype, permuted: bool) -> None:
     value = make_value(dtype=dtype)
-    assert_is_quantized(quantize_value(value, permuted=permuted), value)
+    assert_is_quantized(quantize_value(value, smooth=False, permuted=permuted), value)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_takes_any_strides(layout: str) -> None:
     value = make_value(length=40, dim=32, layout=layout)
-    assert_is_quantized(quantize_value(value), value)
+    assert_is_quantized(quantize_value(value, smooth=False), value)
 
 
 @pytest.mark.parametrize(("length", "dim"), [(1, 16), (128, 128), (129, 80), (300, 256)])
 def test_takes_any_shape(length: int, dim: int) -> None:
     value = make_value(length, dim)
-    assert_is_quantized(quantize_value(value, permuted=True), value)
+    assert_is_quantized(quantize_value(value, smooth=False, permuted=True), value)
 
 
 def test_bad_tokens_do_not_spoil_their_channel() -> None:
     value = make_value()
     value[0, 0, 3, 5] = torch.inf
     value[0, 1, 4, 6] = torch.nan
-    assert_is_quantized(quantize_value(value), value)
+    assert_is_quantized(quantize_value(value, smooth=False), value)
+
+
+def test_the_mean_is_left_out_of_the_rounding() -> None:
+    value = make_value().mul(4).round().div(4).clamp(-64, 64)  # sums without rounding, in any order
+    value[0, 0, 3, 5] = torch.nan
+    quantized = quantize_value(value)
+    mean = key_mean(value)
+    assert quantized.mean is not None
+    assert torch.equal(quantized.mean, mean.squeeze(-2))
+    assert_is_quantized(quantized, value.float() - mean)
 
 
 def test_padding_is_left_out() -> None:
@@ -80,8 +91,8 @@ def test_padding_is_left_out() -> None:
     value = make_value()
     value[0, :, :7] = 1e4
     ranges = torch.tensor([[7, 150], [0, 90]], dtype=torch.int32, device=DEVICE)
-    quantized = quantize_value(value, ranges, permuted=True)
+    quantized = quantize_value(value, ranges, smooth=False, permuted=True)
     for row, (start, stop) in enumerate(ranges.tolist()):
         one = slice(row, row + 1)
-        alone = QuantizedValue(quantized.elements[one], quantized.scale[one], True)
+        alone = QuantizedValue(quantized.elements[one], quantized.scale[one], None, True)
         assert_is_quantized(alone, value[one, :, start:stop])

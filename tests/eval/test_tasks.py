@@ -25,6 +25,8 @@ from lm_eval.tasks import TaskManager
 from schema_check import validate
 from transformers import AutoTokenizer
 
+from dma_hf import DMAConfig
+
 Capture = pytest.CaptureFixture[str]
 BUILTIN = {"tokenizer": str(BUILTIN_FOLDER)}
 
@@ -308,7 +310,13 @@ def test_two_processes_give_the_result_of_one(folder: Path, tmp_path: Path) -> N
 def test_the_plain_command_line_of_lm_eval_knows_dma_and_the_bundled_tasks(
     folder: Path, tmp_path: Path
 ) -> None:
-    model = f"pretrained={folder},attn_implementation=dma,dtype=float32"
+    # the setting travels in the model's config; without one, so short a prompt would stay on SDPA
+    model_folder = tmp_path / "model"
+    shutil.copytree(folder, model_folder)
+    config = json.loads((model_folder / "config.json").read_text(encoding="utf-8"))
+    config["dma_config"] = DMAConfig.preset("paper").to_dict()
+    (model_folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    model = f"pretrained={model_folder},attn_implementation=dma,dtype=float32"
     arguments = ["--model", "hf", "--model_args", model, "--tasks", "dma_passkey_1k", "--limit", "1"]
     done = subprocess.run(
         [
@@ -319,7 +327,7 @@ def test_the_plain_command_line_of_lm_eval_knows_dma_and_the_bundled_tasks(
             "--device",
             "cpu",
             "--output_path",
-            tmp_path,
+            tmp_path / "results",
         ],
         capture_output=True,
         text=True,
@@ -327,7 +335,7 @@ def test_the_plain_command_line_of_lm_eval_knows_dma_and_the_bundled_tasks(
         env={**os.environ, "HF_HUB_OFFLINE": "1"},
     )
     assert done.returncode == 0, done.stderr
-    (path,) = tmp_path.rglob("results*.json")
+    (path,) = (tmp_path / "results").rglob("results*.json")
     found = json.loads(path.read_text(encoding="utf-8"))
     results, _ = answers(folder, ["dma_passkey_1k"], "paper", limit=1)
     expected = results[1].scores["dma_passkey_1k"]["bits_per_byte"]
