@@ -12,7 +12,7 @@ from .options import Commands, add_command, model_options
 
 DEFAULT_OUTPUT = "dma-eval-results"
 CONFIGS = ("auto", "paper")
-"""The published setting, and one that keeps more bits everywhere."""
+"""What a model runs without a setting, and the published setting."""
 
 STEPS = {
     "perplexity": (

@@ -40,7 +40,7 @@ def test_it_explains_measures_and_reports(arguments: list[str], tmp_path: Path, 
     folder = tmp_path / "results"
     for text in (
         "[1/3] how far?",
-        "$ dma-eval perplexity --config paper",
+        "$ dma-eval perplexity --config auto --config paper",
         "[2/3]",
         "[3/3] report",
         "Verdict: ",
@@ -56,7 +56,7 @@ def test_it_explains_measures_and_reports(arguments: list[str], tmp_path: Path, 
     for name in ("perplexity", "recall"):
         content = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
         validate(content, name)
-        assert content["environment"]["command"].startswith(f"dma-eval {name} --config paper")
+        assert content["environment"]["command"].startswith(f"dma-eval {name} --config auto --config paper")
 
 
 def test_after_an_interruption_finished_steps_are_not_repeated(
