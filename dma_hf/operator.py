@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,7 +62,7 @@ def _attention_op(
     pv: str,
     backend: str,
 ) -> Tensor:
-    config = DMAConfig(low, high, diagonal, sink, tile, smooth_k, rotate, scale_rule, pv)  # type: ignore[arg-type]
+    config = _setting(low, high, diagonal, sink, tile, smooth_k, rotate, scale_rule, pv)
     run = triton_attention if backend == "triton" else reference_attention
     modifiers = Modifiers(query_ranges, mask, softcap, sinks)
     # Triton launches on the current device, not on that of its arguments: a model may be spread over several
@@ -68,6 +70,12 @@ def _attention_op(
         out = run(query, key, value, causal=causal, scale=scale, config=config, modifiers=modifiers)
     # without a query, every stride is contiguous and `contiguous` changes none
     return out.transpose(1, 2).contiguous().transpose(1, 2) if out.numel() else _empty_out(query, value)
+
+
+@lru_cache(maxsize=1024)
+def _setting(*fields: Any) -> DMAConfig:
+    # validated once, not at each call
+    return DMAConfig(*fields)
 
 
 @_attention_op.register_fake

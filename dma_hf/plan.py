@@ -64,9 +64,16 @@ def hopper_serves(config: DMAConfig, query: Tensor, key: Tensor, value: Tensor, 
     return why_not_hopper(device_capability(query.device), config, query, key, value, causal) is None
 
 
-def plan_call(query: Tensor, value: Tensor, config: DMAConfig, masked: bool = False) -> Plan:
-    """The plan for one call on the device of its tensors."""
+def plan_call(
+    query: Tensor, value: Tensor, config: DMAConfig, *, masked: bool = False, fp8_value: bool = False
+) -> Plan:
+    """The plan for one call on the device of its tensors.
+
+    Args:
+        masked: whether a mask is loaded tile by tile.
+        fp8_value: whether V is multiplied as FP8.
+    """
     capability = device_capability(query.device)
     # float32 inputs need their room also where V is FP8: K may stay as given
-    element_size = 1 if config.pv == "fp8" and value.element_size() == 2 else value.element_size()
+    element_size = 1 if fp8_value and value.element_size() == 2 else value.element_size()
     return make_plan(config, capability, query.shape[-1], value.shape[-1], element_size, masked)

@@ -268,10 +268,10 @@ def dma_mask(
         # as in SDPA: of a mask with more rows than the batch (Musicgen: one a codebook), the first count
         padding = _padding(attention_mask[:batch_size], kv_offset + kv_length)
         # a graph cannot look at values: traced, every mask becomes ranges, and holes in it go unnoticed
-        if not tracing and has_holes(padding):
-            pattern = None
-        elif not tracing and bool(padding.all()):
+        if not tracing and bool(padding.all()):
             padding = None
+        elif not tracing and has_holes(padding):
+            pattern = None
     for_eager = type(kwargs.get("config")) in _written_for_eager
     if pattern is None:
         make_mask = eager_mask if for_eager else sdpa_mask

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -13,7 +13,7 @@ from .kernels.quantize import QuantizedKey, quantize_key
 from .kernels.quantize_value import QuantizedValue, quantize_value
 from .masks import key_ranges_of
 from .modifiers import NO_MODIFIERS, Modifiers
-from .plan import hopper_serves, plan_call
+from .plan import Plan, hopper_serves, plan_call
 
 
 def triton_attention(
@@ -52,12 +52,14 @@ class Prepared:
     """What one call quantises before it attends.
 
     Attributes:
+        plan: of the portable kernel, which does all, or repairs what the kernel for Hopper leaves out.
         key: K's operands.
         value: V, quantised where `config.pv` says so.
         key_ranges: int32 [B, 2], of the query ranges; None without.
         on_hopper: whether the kernel for Hopper serves the call.
     """
 
+    plan: Plan
     key: QuantizedKey
     value: Tensor | QuantizedValue
     key_ranges: Tensor | None
@@ -68,11 +70,18 @@ def prepare(
     query: Tensor, key: Tensor, value: Tensor, *, causal: bool, config: DMAConfig, modifiers: Modifiers
 ) -> Prepared:
     """Quantise K, and V where the setting says so."""
-    plan = plan_call(query, value, config)
     ranges = modifiers.query_ranges
     key_ranges = None if ranges is None else key_ranges_of(ranges)
     on_hopper = modifiers.empty and hopper_serves(config, query, key, value, causal)
+    plan = plan_call(
+        query,
+        value,
+        config,
+        masked=modifiers.mask is not None,
+        fp8_value=config.pv == "fp8" and not on_hopper,
+    )
     return Prepared(
+        plan,
         quantize_key(key, config, plan.low_kind, plan.high_kind, key_ranges),
         _values(value, key_ranges, modifiers, on_hopper) if config.pv == "fp8" else value,
         key_ranges,
@@ -104,9 +113,8 @@ def attend_prepared(
         assert isinstance(values, QuantizedValue)
         out = attend_hopper(query, key, prepared.key, values, causal=causal, scale=scale, config=config)
         # what is left are heads whose K holds a NaN or Inf; with V as given, no less exact than in FP8
-        values, config = value, replace(config, pv="none")
+        values = value
     return attend_quantized(
-        query, key, values, prepared.key, causal=causal, scale=scale, config=config,
-        plan=plan_call(query, value, config, masked=modifiers.mask is not None),
+        query, key, values, prepared.key, causal=causal, scale=scale, config=config, plan=prepared.plan,
         modifiers=modifiers, key_ranges=prepared.key_ranges, repair=out,
     )  # fmt: skip

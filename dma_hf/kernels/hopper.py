@@ -10,8 +10,6 @@ assembler's sake, and say so.
 
 from __future__ import annotations
 
-import math
-
 import torch
 import triton
 from torch import Tensor
@@ -28,10 +26,9 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ..config import DMAConfig
 from ..formats import FORMATS
+from ..modifiers import LOG2_E
 from .quantize import QuantizedKey
 from .quantize_value import QuantizedValue
-
-LOG2_E = math.log2(math.e)
 
 BLOCK_M = gl.constexpr(128)
 """Queries of a program: two consumers of 64."""

@@ -5,7 +5,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-LOG2_E = tl.constexpr(1.4426950408889634)
+from .. import modifiers
+
+LOG2_E = tl.constexpr(modifiers.LOG2_E)
 LOWEST = tl.constexpr(-3.4028234663852886e38)
 
 

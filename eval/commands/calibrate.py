@@ -15,7 +15,7 @@ from .options import (
     positive,
     text_options,
 )
-from .session import open_journal, prepare, write_results
+from .session import open_journal, prepare, window_length, windows_of, write_results
 
 if TYPE_CHECKING:
     from ..attention_cost import TileTimes
@@ -149,7 +149,6 @@ def run(options: argparse.Namespace) -> None:
     from ..results import SCHEMA
     from ..runs import parse_config
     from ..tables import budget_table, calibration_table, show
-    from ..windows import spaced_windows
 
     if options.max_perplexity_change is not None:
         budget = Budget("perplexity_change", options.max_perplexity_change)
@@ -168,13 +167,8 @@ def run(options: argparse.Namespace) -> None:
     layers = int(text_config.num_hidden_layers)
     heads = int(text_config.num_attention_heads)
     head_dim = int(getattr(text_config, "head_dim", None) or text_config.hidden_size // heads)
-    longest = language_model.max_context
-    context = options.context or min(longest or LONGEST_DEFAULT_CONTEXT, LONGEST_DEFAULT_CONTEXT)
-    if longest is not None and context > longest:
-        raise UsageError(f"--context {context} is longer than the model's context of {longest} tokens")
-    if context < SHORTEST_CONTEXT:
-        raise UsageError(f"--context must be at least {SHORTEST_CONTEXT} tokens, got {context}")
-    length = options.prompt_length or longest or context
+    context = window_length(options, language_model, SHORTEST_CONTEXT)
+    length = options.prompt_length or language_model.max_context or context
     times = tile_times(options.costs, head_dim)
     candidates = candidate_settings(base, **choices, length=length, times=times)
     if len(candidates) == 1:
@@ -183,10 +177,7 @@ def run(options: argparse.Namespace) -> None:
             f" {options.low_formats} is faster than no quantisation"
         )
     tokens = tokenize(corpus, language_model.tokenizer)
-    try:
-        windows = spaced_windows(len(tokens), context=context, count=(1 + HELD_OUT_RATIO) * options.windows)
-    except ValueError as error:
-        raise UsageError(f"{corpus.name} is too short: {error} (--context, --windows)") from error
+    windows = windows_of(corpus, tokens, context=context, count=(1 + HELD_OUT_RATIO) * options.windows)
     chosen_on = windows[1 :: 1 + HELD_OUT_RATIO]
     held_out = [window for window in windows if window not in chosen_on]
     recall = RecallTask.fitting(context)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from ..errors import UsageError
 from .options import (
     LONGEST_DEFAULT_CONTEXT,
     Commands,
@@ -16,7 +15,7 @@ from .options import (
     positive,
     text_options,
 )
-from .session import open_journal, prepare, write_results
+from .session import open_journal, prepare, window_length, windows_of, write_results
 
 DEFAULT_CONFIGS = ("paper", "paper,rotate=true", "low=mxfp4,high=none", "low=int8,high=none")
 DEFAULT_WINDOWS = 1
@@ -94,19 +93,12 @@ def run(options: argparse.Namespace) -> None:
     from ..progress import progress_bar
     from ..results import SCHEMA, prepare_folder
     from ..tables import layer_table, show
-    from ..windows import spaced_windows
 
     prepared = prepare(options, DEFAULT_CONFIGS)
     corpus, language_model = prepared.corpus, prepared.language_model
-    longest = language_model.max_context
-    context = options.context or min(longest or LONGEST_DEFAULT_CONTEXT, LONGEST_DEFAULT_CONTEXT)
-    if longest is not None and context > longest:
-        raise UsageError(f"--context {context} is longer than the model's context of {longest} tokens")
+    context = window_length(options, language_model)
     tokens = tokenize(corpus, language_model.tokenizer)
-    try:
-        windows = spaced_windows(len(tokens), context=context, count=options.windows)
-    except ValueError as error:
-        raise UsageError(f"{corpus.name} is too short: {error} (--context, --windows)") from error
+    windows = windows_of(corpus, tokens, context=context, count=options.windows)
     layers = int(language_model.model.config.get_text_config().num_hidden_layers)
     journal = open_journal(
         options,

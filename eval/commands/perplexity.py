@@ -16,7 +16,7 @@ from .options import (
     positive,
     text_options,
 )
-from .session import open_journal, prepare, write_results
+from .session import open_journal, prepare, window_length, write_results
 
 if TYPE_CHECKING:
     from ..loading import LanguageModel
@@ -155,12 +155,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _window_sizes(options: argparse.Namespace, language_model: LanguageModel) -> tuple[int, int]:
-    longest = language_model.max_context
-    context = options.context or min(longest or LONGEST_DEFAULT_CONTEXT, LONGEST_DEFAULT_CONTEXT)
-    if longest is not None and context > longest:
-        raise UsageError(f"--context {context} is longer than the model's context of {longest} tokens")
-    if context < SHORTEST_CONTEXT:
-        raise UsageError(f"--context must be at least {SHORTEST_CONTEXT} tokens, got {context}")
+    context = window_length(options, language_model, SHORTEST_CONTEXT)
     stride = options.stride or context // 2
     if stride > context:
         raise UsageError(f"--stride {stride} is longer than the context of {context} tokens")

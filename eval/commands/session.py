@@ -7,11 +7,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ..errors import UsageError
+from .options import LONGEST_DEFAULT_CONTEXT
+
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from ..corpora import Corpus
     from ..journal import Journal
     from ..loading import LanguageModel
     from ..runs import Run
+    from ..windows import Window
 
 
 @dataclass(frozen=True)
@@ -53,6 +59,31 @@ def prepare(options: argparse.Namespace, default_configs: Sequence[str]) -> Prep
         options.model, device=device, dtype=dtype, trust_remote_code=options.trust_remote_code
     )
     return Prepared(runs, corpora, language_model, environment)
+
+
+def window_length(options: argparse.Namespace, language_model: LanguageModel, shortest: int = 1) -> int:
+    """Tokens in a window: ``--context``, or the model's own context up to a limit.
+
+    Raises:
+        UsageError: the model's context is shorter than ``--context``, or a window than ``shortest``.
+    """
+    longest = language_model.max_context
+    context: int = options.context or min(longest or LONGEST_DEFAULT_CONTEXT, LONGEST_DEFAULT_CONTEXT)
+    if longest is not None and context > longest:
+        raise UsageError(f"--context {context} is longer than the model's context of {longest} tokens")
+    if context < shortest:
+        raise UsageError(f"--context must be at least {shortest} tokens, got {context}")
+    return context
+
+
+def windows_of(corpus: Corpus, tokens: Tensor, *, context: int, count: int) -> list[Window]:
+    """``count`` windows spread over a text of ``tokens``. Raises UsageError where the text is too short."""
+    from ..windows import spaced_windows
+
+    try:
+        return spaced_windows(len(tokens), context=context, count=count)
+    except ValueError as error:
+        raise UsageError(f"{corpus.name} is too short: {error} (--context, --windows)") from error
 
 
 def open_journal(options: argparse.Namespace, name: str, environment: dict[str, Any], **key: Any) -> Journal:
