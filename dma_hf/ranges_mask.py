@@ -76,6 +76,10 @@ class RangesMask(Tensor):
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
+        # under inference_mode composite operations such as `to` arrive whole, not as what they are made of
+        parts = func.decompose(*args, **kwargs)
+        if parts is not NotImplemented:
+            return parts
         first: Any = args[0] if args else None
         if func in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
             return cls._of(first._content, first.shape, first.dtype, first.device)

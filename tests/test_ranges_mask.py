@@ -169,9 +169,11 @@ def test_to_look_at_it_leaves_the_ranges(mask):
         lambda m: m.to("meta"),
     ],
 )
-def test_it_stays_ranges_when_it_is_moved(mask, keep):
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_it_stays_ranges_when_it_is_moved(mask, keep, context):
     """accelerate moves masks to the device of each layer."""
-    moved = keep(mask)
+    with context():
+        moved = keep(mask.clone())
     assert isinstance(moved, RangesMask)
     assert moved.shape == mask.shape
     assert moved.ranges.device == moved.device
