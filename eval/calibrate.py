@@ -1,7 +1,7 @@
 """The fastest setting of every layer that keeps a quality budget.
 
-1. Sensitivities: each layer in turn uses each candidate setting, and no other layer is quantised;
-   measured is how far the model's predictions move (KL from SDPA).
+1. Sensitivities: each layer in turn uses each candidate setting, and all other layers SDPA; measured is
+   how far the model's predictions move (KL from SDPA).
 2. The ladder: from every layer at its fastest to every layer unquantised, one layer a step. The next
    step is always the one that saves the most KL for the time it costs, by the sensitivities. KL of
    several layers is estimated as their sum: it is quadratic in a small error, and the errors of two
@@ -17,6 +17,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import math
+import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -105,7 +106,7 @@ class Calibration:
     floor: float
     """KL in nats of the model with no layer quantised."""
     sensitivities: list[list[float]]
-    """KL in nats that is added to it: a list a layer, in it a value a candidate."""
+    """KL in nats that quantising adds to that: a list a layer, in it a value a candidate."""
     ladder: list[Rung]
     measured: dict[int, Quality]
     """By rung: what the search measured."""
@@ -307,28 +308,29 @@ class Meter:
         return logits
 
 
+def alone(config: DMAConfig, layer: int) -> DMAConfig:
+    """``config`` in one layer, and SDPA in all others, which is exact and less work than the kernel."""
+    return replace(config, min_length=sys.maxsize, layers={layer: {"min_length": config.min_length}})
+
+
 def measure_sensitivities(
     meter: Meter, windows: Sequence[Window], layers: int, candidates: Sequence[DMAConfig]
 ) -> tuple[float, list[list[float]]]:
-    """KL in nats of the whole model without quantisation, and what a layer's candidate adds to it.
+    """KL in nats of the whole model without quantisation, and what quantising one layer adds.
 
-    The first is rounding alone: next to nothing in float32. The second is [layers][candidates], 0 for the
-    last candidate, which is the one without quantisation.
+    The first is rounding alone: next to nothing in float32. The second is [layers][candidates], each
+    against the layer's last candidate, which is the one without quantisation.
     """
-    *quantised, exact = candidates
-    alone = [
-        [layered(exact, [config if i == layer else exact for i in range(layers)]) for config in quantised]
-        for layer in range(layers)
-    ]
     floor = 0.0
-    kl = torch.zeros(layers, len(quantised), dtype=torch.float64)
+    kl = torch.zeros(layers, len(candidates), dtype=torch.float64)
     for window in windows:
-        floor += meter.sums([exact], window)[0][0]
+        floor += meter.sums([candidates[-1]], window)[0][0]
         for layer in range(layers):
-            kl[layer] += torch.tensor([sums[0] for sums in meter.sums(alone[layer], window)])
+            settings = [alone(config, layer) for config in candidates]
+            kl[layer] += torch.tensor([sums[0] for sums in meter.sums(settings, window)])
     tokens = sum(window.scored for window in windows)
-    added = ((kl - floor) / tokens).clamp(min=0)
-    return max(floor / tokens, 0.0), [[*row, 0.0] for row in added.tolist()]
+    added = ((kl - kl[:, -1:]) / tokens).clamp(min=0)
+    return max(floor / tokens, 0.0), added.tolist()
 
 
 def calibrate(
@@ -424,5 +426,5 @@ def _first_rung(rungs: Sequence[Rung], budget: Budget, keeps: Callable[[int], bo
 def steps(layers: int, candidates: int, windows: int, held_out: int, recall: RecallTask) -> int:
     """How many steps ``calibrate`` reports, about: how long the search is depends on what it finds."""
     rungs = layers * candidates
-    sensitivities = layers * (candidates - 1) + 1
+    sensitivities = layers * candidates + 1
     return windows * (sensitivities + rungs.bit_length()) + held_out + 2 * recall.samples

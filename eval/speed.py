@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from dma_hf.policy import DMAFallbackWarning, warn_fallback
+from dma_hf.policy import DMAFallbackWarning, forget_warnings
 
 from .attention import attention, baseline
 from .errors import UsageError
@@ -58,10 +58,14 @@ class Point:
 
 @dataclass(frozen=True)
 class Pass:
-    """One pass: seconds to the first token, and seconds for the ``new_tokens`` after it."""
+    """One pass: seconds to the first token, and seconds for the ``new_tokens`` after it.
+
+    ``attention_seconds`` is the part of the first that is spent in attention.
+    """
 
     prefill_seconds: float
     decode_seconds: float
+    attention_seconds: float
     peak_bytes: int | None
 
 
@@ -71,8 +75,6 @@ class Measured:
 
     run: Run
     passes: list[Pass] = field(default_factory=list)
-    attention_seconds: float | None = None
-    attention_share: float | None = None
     notes: list[str] = field(default_factory=list)
     error: str | None = None
 
@@ -85,6 +87,16 @@ class Measured:
     def decode_seconds(self) -> float:
         """Median over the passes."""
         return median(one.decode_seconds for one in self.passes)
+
+    @property
+    def attention_seconds(self) -> float:
+        """Median over the passes."""
+        return median(one.attention_seconds for one in self.passes)
+
+    @property
+    def attention_share(self) -> float:
+        """Of the time to the first token, median over the passes."""
+        return median(min(1.0, one.attention_seconds / one.prefill_seconds) for one in self.passes)
 
 
 def default_contexts(device: torch.device, longest: int | None, new_tokens: int) -> list[int]:
@@ -105,8 +117,8 @@ def default_contexts(device: torch.device, longest: int | None, new_tokens: int)
 
 
 def passes(runs: int, repeats: int) -> int:
-    """How often ``measure_point`` advances: for each run a warm-up, the repeats, and attention's timing."""
-    return runs * (repeats + 2)
+    """How often ``measure_point`` advances: for each run a warm-up and the repeats."""
+    return runs * (repeats + 1)
 
 
 def measure_point(
@@ -133,8 +145,7 @@ def measure_point(
     results = [Measured(run) for run in runs]
     tokens = random_tokens(model, point)
     timed = partial(_timed_pass, tokens=tokens, new_tokens=new_tokens)
-    work = [partial(_warm_up, tokens=tokens), *[timed] * repeats, partial(_time_attention, tokens=tokens)]
-    for step in work:
+    for step in (partial(_warm_up, tokens=tokens), *[timed] * repeats):
         for result in results:
             _attempt(step, model, result)
             advance(1)
@@ -159,14 +170,15 @@ def run_pass(model: PreTrainedModel, tokens: Tensor, new_tokens: int) -> Pass:
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         start = _now(device)
-        token, cache = _prefill(model, tokens)
-        first = _now(device)
+        with attention_timer(device) as attention_seconds:
+            token, cache = _prefill(model, tokens)
+            first = _now(device)
         for _ in range(new_tokens):
             output = model(token, past_key_values=cache, use_cache=True)
             token, cache = output.logits[:, -1:].argmax(-1), output.past_key_values
         last = _now(device)
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
-    return Pass(first - start, last - first, peak)
+    return Pass(first - start, last - first, attention_seconds(), peak)
 
 
 def _prefill(model: PreTrainedModel, tokens: Tensor) -> tuple[Tensor, Any]:
@@ -179,7 +191,7 @@ def _prefill(model: PreTrainedModel, tokens: Tensor) -> tuple[Tensor, Any]:
 
 def _warm_up(model: PreTrainedModel, result: Measured, tokens: Tensor) -> None:
     """Compiles kernels, fills the allocator's pools, and takes down what DMA says about how it runs."""
-    warn_fallback.cache_clear()  # it says everything once, and here every attention must say it
+    forget_warnings()  # it says everything once, and here every attention must say it
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         run_pass(model, tokens, new_tokens=1)
@@ -191,23 +203,14 @@ def _timed_pass(model: PreTrainedModel, result: Measured, tokens: Tensor, new_to
     result.passes.append(run_pass(model, tokens, new_tokens))
 
 
-def _time_attention(model: PreTrainedModel, result: Measured, tokens: Tensor) -> None:
-    """One more prefill, to see how much of it attention takes. Not among the timed: events cost time."""
-    with torch.inference_mode(), attention_timer(model.device) as seconds:
-        start = _now(model.device)
-        _prefill(model, tokens)
-        total = _now(model.device) - start
-    result.attention_seconds = seconds()
-    result.attention_share = min(1.0, result.attention_seconds / total)
-
-
 @contextmanager
 def attention_timer(device: torch.device) -> Iterator[Callable[[], float]]:
     """Times the attention function of every layer of the models that run inside.
 
     That is what Transformers looks up by ``attn_implementation``: from Q, K and V after their rotary
     embedding to the output before its projection, DMA's quantisation included. Gives a function that
-    returns the seconds so far.
+    returns the seconds so far. On a GPU the marks are events, a few microseconds a layer: little enough
+    to be inside what is timed.
     """
     lookup = ALL_ATTENTION_FUNCTIONS.get_interface
     marks: list[tuple[Any, Any]] = []
@@ -292,6 +295,6 @@ def _entry(
     if baseline_result.error is None:
         entry["prefill_speedup"] = baseline_result.prefill_seconds / result.prefill_seconds
         entry["decode_speedup"] = baseline_result.decode_seconds / result.decode_seconds
-        if baseline_result.attention_seconds and result.attention_seconds:
+        if result.attention_seconds > 0:  # a model may have attention of its own
             entry["attention_speedup"] = baseline_result.attention_seconds / result.attention_seconds
     return entry

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -51,8 +52,10 @@ class TaskModel(HFLM):  # type: ignore[misc]
         self._world_size = self.accelerator.num_processes
         self.label = ""
         """What the progress bar says."""
-        self.truncated = 0
-        """Requests of this process, so far, that were longer than the model's context."""
+        self.truncated: set[str] = set()
+        """Digests of this process's requests, so far, that were longer than the model's context.
+
+        Not their number: lm-eval repeats a request where a process has fewer than another."""
 
     @property
     def is_main(self) -> bool:
@@ -79,15 +82,16 @@ class TaskModel(HFLM):  # type: ignore[misc]
             return super().generate_until(requests, disable_tqdm=True)
 
     def _loglikelihood_tokens(self, requests: Sequence[Any], *args: Any, **kwargs: Any) -> Any:
-        lengths = (len(context) + len(continuation) for _, context, continuation in requests)
-        self.truncated += sum(length > self.max_length + 1 for length in lengths)
+        for strings, context, continuation in requests:
+            if len(context) + len(continuation) > self.max_length + 1:
+                self.truncated.add(_digest(*strings))
         return super()._loglikelihood_tokens(requests, *args, **kwargs)
 
     def tok_batch_encode(self, strings: list[str], *args: Any, **kwargs: Any) -> Any:
         """As HFLM's: the prompts of ``generate_until``. Counts those that it has to cut."""
         limit = kwargs.get("left_truncate_len")
         if limit:
-            self.truncated += sum(len(self.tok_encode(string)) > limit for string in strings)
+            self.truncated |= {_digest(string) for string in strings if len(self.tok_encode(string)) > limit}
         return super().tok_batch_encode(strings, *args, **kwargs)
 
     @contextmanager
@@ -102,6 +106,10 @@ class TaskModel(HFLM):  # type: ignore[misc]
                 yield
             finally:
                 self.set_cache_hook(CacheHook(None))
+
+
+def _digest(*strings: str) -> str:
+    return hashlib.sha256(repr(strings).encode()).hexdigest()  # escapes what UTF-8 cannot encode
 
 
 class _Finished(CacheHook):  # type: ignore[misc]

@@ -178,7 +178,7 @@ def _answer(lm: TaskModel, tasks: TaskSet, run: Run) -> dict[str, Any]:
     torch.manual_seed(SEED)
     for task in tasks.content["tasks"].values():
         task.set_fewshot_seed(seed=SEED)
-    lm.truncated = 0
+    lm.truncated = set()
     start = time.perf_counter()
     try:
         with attention(lm.model, run.config), _quiet():
@@ -186,14 +186,17 @@ def _answer(lm: TaskModel, tasks: TaskSet, run: Run) -> dict[str, Any]:
     except (NotImplementedError, ValueError) as error:
         raise UsageError(f"tasks with '{run.name}': {first_line(error)}") from error
     seconds = time.perf_counter() - start
-    truncated = sum(lm.gather_object(lm.truncated) or [])
+    truncated = len(set().union(*(lm.gather_object(lm.truncated) or [])))
     if output is None:  # not the main process
         return {"truncated": truncated, "seconds": seconds}
     fields: dict[str, Any] = {"scores": {}, "samples": {}, "ids": {}, "prompts": {}}
+    described = tasks.describe()
     for name, logged in output["samples"].items():
         logged = sorted(logged, key=lambda sample: (sample["filter"], sample["doc_id"]))
         first = [sample for sample in logged if sample["filter"] == logged[0]["filter"]]
         fields["ids"][name] = [int(sample["doc_id"]) for sample in first]
+        if fields["ids"][name] != list(range(described[name]["samples"])):
+            raise EvalError(f"lm-eval lost or repeated samples of '{name}': there is nothing to compare")
         fields["prompts"][name] = [sample["doc_hash"] + sample["prompt_hash"] for sample in first]
         values: dict[str, list[Any]] = {}
         for sample in logged:

@@ -17,12 +17,18 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-import dma_hf
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout: nothing need be installed
 
+import dma_hf
+from eval.environment import describe_environment
+from eval.results import SCHEMA, prepare_folder, write_json
+
+DEVICE, DTYPE = torch.device("cuda"), torch.bfloat16
 SETTING = dma_hf.DMAConfig(low="mxfp4", high="none")
 SHAPE = {
     "vocab_size": 128_256, "hidden_size": 4096, "intermediate_size": 14_336, "num_hidden_layers": 32,
@@ -41,7 +47,7 @@ def inputs(vocab: int) -> dict[str, torch.Tensor]:
 @torch.inference_mode()
 def outputs(model: LlamaForCausalLM) -> dict[str, dict[str, torch.Tensor]]:
     """Logits of the last tokens and greedily generated tokens, with each attention."""
-    batch = {name: tensor.to("cuda") for name, tensor in inputs(model.config.vocab_size).items()}
+    batch = {name: tensor.to(DEVICE) for name, tensor in inputs(model.config.vocab_size).items()}
     results = {}
     for attention in ("dma", "sdpa"):
         model.set_attn_implementation(attention)
@@ -52,9 +58,7 @@ def outputs(model: LlamaForCausalLM) -> dict[str, dict[str, torch.Tensor]]:
 
 
 def load(folder: Path, **options: object) -> LlamaForCausalLM:
-    model = LlamaForCausalLM.from_pretrained(
-        folder, dtype=torch.bfloat16, attn_implementation="dma", **options
-    )
+    model = LlamaForCausalLM.from_pretrained(folder, dtype=DTYPE, attn_implementation="dma", **options)
     return dma_hf.configure(model.eval(), SETTING)
 
 
@@ -62,8 +66,8 @@ def build(folder: Path, layers: int) -> None:
     config = LlamaConfig(**{**SHAPE, "num_hidden_layers": layers})
     config.pad_token_id, config.eos_token_id = 0, None
     torch.manual_seed(0)
-    with torch.device("cuda"):
-        torch.set_default_dtype(torch.bfloat16)
+    with DEVICE:
+        torch.set_default_dtype(DTYPE)
         model = LlamaForCausalLM(config)
         torch.set_default_dtype(torch.float32)
     model.save_pretrained(folder)
@@ -91,6 +95,18 @@ def compare(one: dict, other: dict) -> dict[str, dict[str, object]]:
     }
 
 
+def describe(layers: int) -> dict[str, Any]:
+    """What the results file says besides the results."""
+    environment = describe_environment(["python", *sys.argv], device=DEVICE, dtype=DTYPE)
+    environment["hardware"] = f"2 × {environment['hardware']}"
+    return {
+        "schema": SCHEMA,
+        "environment": environment,
+        "shape": {**SHAPE, "num_hidden_layers": layers},
+        "config": SETTING.to_dict(),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--layers", type=int, default=SHAPE["num_hidden_layers"])
@@ -103,6 +119,15 @@ def main() -> None:
         return
     if torch.cuda.device_count() < 2:
         raise SystemExit("needs two CUDA devices")
+    report = describe(options.layers)
+
+    def add(name: str, result: dict[str, Any]) -> None:
+        """Prints and keeps a result at once: the next part may fail."""
+        report[name] = result
+        print(name, json.dumps(result), flush=True)
+        if options.output is not None:
+            write_json(prepare_folder(options.output) / "multi_gpu.json", report)
+
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         folder = Path(name)
         build(folder, options.layers)
@@ -115,28 +140,12 @@ def main() -> None:
         used = sorted({str(device) for device in spread.hf_device_map.values()})
         if used != ["0", "1"]:
             raise SystemExit(f"device_map used {used}")
-        results = {"device_map": compare(one, outputs(spread))}
+        add("device_map", compare(one, outputs(spread)))
         del spread
         torch.cuda.empty_cache()
         command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", __file__]
         subprocess.run([*command, "--tensor-parallel", "--folder", str(folder)], check=True)
-        results["tensor_parallel"] = compare(one, torch.load(folder / "tp.pt"))
-    report = {
-        "schema": 1,
-        "environment": {
-            "hardware": f"2 x {torch.cuda.get_device_name()}",
-            "torch": torch.__version__,
-            "commit": os.environ.get("DMA_HF_COMMIT"),
-            "command": " ".join(sys.argv),
-        },
-        "layers": options.layers,
-        "config": SETTING.to_dict(),
-        **results,
-    }
-    print(json.dumps(report, indent=2))
-    if options.output:
-        Path(options.output).mkdir(parents=True, exist_ok=True)
-        (Path(options.output) / "multi_gpu.json").write_text(json.dumps(report, indent=2) + "\n")
+        add("tensor_parallel", compare(one, torch.load(folder / "tp.pt")))
 
 
 if __name__ == "__main__":

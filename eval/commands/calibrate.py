@@ -39,12 +39,12 @@ attention is as fast as it can be while the model stays within a budget:
   --max-kl                 KL SDPA‖DMA of the next-token distributions, mean over tokens, in nats
   --max-perplexity-change  change of the perplexity against SDPA, up or down, in percent
 
-How: measure what each candidate setting does to the model when one layer alone uses it; from all
-layers at their fastest, make precise what saves the most KL for the time it costs, one layer a step;
-search these steps for the first one that keeps the budget, as measured with all layers together. The
-result is then measured on text that played no part in the choice: how far that is from the budget
-says how far to trust it. Recall over a long distance is shown beside it; KL on running text says little
-about that.
+How: measure what each candidate setting does to the model when one layer alone uses it, and the others
+SDPA; from all layers at their fastest, make precise what saves the most KL for the time it costs, one
+layer a step; search these steps for the first one that keeps the budget, as measured with all layers
+together. The result is then measured on text that played no part in the choice: how far that is from
+the budget says how far to trust it. Recall over a long distance is shown beside it; KL on running text
+says little about that.
 
 The speed is predicted, not measured: the share of score tiles in each format, times what a tile takes
 in that format (--costs), at a prompt of --prompt-length tokens. 'h200' was measured on that GPU;
@@ -53,6 +53,7 @@ Settings that --costs says are no faster than no quantisation are not tried."""
 
 EPILOG = """\
 examples:
+  dma-eval calibrate                        the built-in model: about 3 minutes on 2 CPU cores
   dma-eval calibrate --output results/      writes calibrate.json and the setting, calibrated.json
   dma-eval perplexity --config results/calibrated.json
   dma-eval calibrate --max-perplexity-change 0.5 --config high=none,rotate=true

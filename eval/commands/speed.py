@@ -52,7 +52,7 @@ A prompt may be longer than a shape's own context: the cost is the same, and the
 
 EPILOG = """\
 examples:
-  dma-eval speed                                        the built-in model
+  dma-eval speed                                        the built-in model: a minute on 2 CPU cores
   dma-eval speed --shape llama-3.1-8b --context 8192,32768,131072 --output results/
   dma-eval speed --shape qwen3-30b-a3b --layers 12 --config paper --config low=int8,high=none
   dma-eval speed --model meta-llama/Llama-3.2-1B --context 4096,16384 --batch 1,8 --new-tokens 128"""

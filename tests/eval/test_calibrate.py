@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from dma_hf_eval.attention import attention
 from dma_hf_eval.attention_cost import (
     TileTimes,
     attention_time,
@@ -23,10 +24,12 @@ from dma_hf_eval.calibrate import (
     Calibration,
     Meter,
     Quality,
+    alone,
     calibrate,
     candidate_settings,
     ladder,
     layered,
+    measure_sensitivities,
 )
 from dma_hf_eval.cli import main
 from dma_hf_eval.errors import EvalError, UsageError
@@ -36,8 +39,10 @@ from dma_hf_eval.tables import budget_rows
 from dma_hf_eval.windows import spaced_windows
 from schema_check import validate
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention as sdpa
 from transformers import PreTrainedModel
 
+import dma_hf.attention
 from dma_hf import DMAConfig
 from dma_hf.precision_map import precision_map
 
@@ -166,6 +171,32 @@ def test_every_rung_of_the_ladder_is_the_fastest_for_its_kl() -> None:
 
 
 # The search
+
+
+def test_a_layer_alone_leaves_sdpa_to_the_others(
+    tiny_model: PreTrainedModel, tokens: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    meter = Meter(tiny_model, tokens, journal=NO_JOURNAL, advance=lambda steps: None)
+    window = spaced_windows(len(tokens), context=200, count=1)[0]
+    floor, added = measure_sensitivities(meter, [window], 2, CANDIDATES)
+    assert floor == pytest.approx(0, abs=1e-6)
+    *quantised, exact = CANDIDATES
+    for layer, row in enumerate(added):
+        # the unquantised kernel in the other layer gives what SDPA does
+        pairs = [[config, exact] if layer == 0 else [exact, config] for config in quantised]
+        expected = [meter.quality(layered(BASE, pair), [window]).kl for pair in pairs]
+        assert row == [*(pytest.approx(kl, rel=1e-3) for kl in expected), 0]
+        assert all(kl > 1e-6 for kl in expected)
+
+    on_sdpa = []
+    monkeypatch.setattr(
+        dma_hf.attention,
+        "scaled_dot_product_attention",
+        lambda *inputs, **options: on_sdpa.append(1) or sdpa(*inputs, **options),
+    )
+    with attention(tiny_model, alone(CANDIDATES[0], layer=1)):
+        tiny_model(tokens[None, :200])
+    assert len(on_sdpa) == 1  # of two layers
 
 
 def run_calibration(

@@ -82,7 +82,7 @@ def test_a_pass_reads_the_prompt_at_once_and_decodes_token_by_token(tiny_model: 
     tiny_model.forward = counting
     one = run_pass(tiny_model, torch.ones(2, 50, dtype=torch.long), new_tokens=3)
     assert lengths == [50, 1, 1, 1]
-    assert one.prefill_seconds > 0
+    assert one.prefill_seconds > one.attention_seconds > 0
     assert one.decode_seconds > 0
 
 
@@ -90,12 +90,13 @@ def test_the_attentions_take_turns_and_medians_count(
     tiny_model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     order: list[str] = []
-    seconds = iter([9.0, 9.0, 1.0, 0.5, 3.0, 0.7, 2.0, 0.1])  # SDPA and DMA: warm-up, then three passes
+    seconds = iter([9.0, 9.0, 1.0, 0.5, 3.0, 0.6, 2.0, 0.1])  # SDPA and DMA: warm-up, then three passes
+    shares = {"sdpa": 0.5, "dma": 0.25}
 
     def fake_pass(model: PreTrainedModel, tokens: torch.Tensor, new_tokens: int) -> speed.Pass:
         order.append(model.config._attn_implementation)
         prefill = next(seconds)
-        return speed.Pass(prefill, decode_seconds=prefill / 2, peak_bytes=100 + len(order))
+        return speed.Pass(prefill, prefill / 2, prefill * shares[order[-1]], peak_bytes=100 + len(order))
 
     monkeypatch.setattr(speed, "run_pass", fake_pass)
     steps: list[int] = []
@@ -105,9 +106,11 @@ def test_the_attentions_take_turns_and_medians_count(
     assert sum(steps) == passes(len(runs), 3)
     assert (sdpa["name"], sdpa["prefill_seconds"], sdpa["prefill_speedup"]) == ("SDPA", 2.0, 1.0)
     assert (paper["name"], paper["prefill_seconds"], paper["prefill_speedup"]) == ("paper", 0.5, 4.0)
-    assert paper["prefill_seconds_all"] == [0.5, 0.7, 0.1]
+    assert paper["prefill_seconds_all"] == [0.5, 0.6, 0.1]
     assert paper["decode_tokens_per_second"] == 2 * 4 / 0.25
     assert paper["peak_bytes"] == 108
+    assert (sdpa["attention_share"], paper["attention_share"]) == (0.5, 0.25)
+    assert (paper["attention_seconds"], paper["attention_speedup"]) == (0.125, 8.0)
     assert tiny_model.config._attn_implementation == "sdpa"
 
 
@@ -141,7 +144,7 @@ def test_every_attention_says_what_its_kernels_did_not_serve(
     def falls_back(model: PreTrainedModel, tokens: torch.Tensor, new_tokens: int) -> speed.Pass:
         if model.config._attn_implementation == "dma":
             warn_fallback("runs on the reference")  # once in a process, but for every attention here
-        return speed.Pass(1.0, 1.0, None)
+        return speed.Pass(1.0, 1.0, 0.5, None)
 
     monkeypatch.setattr(speed, "run_pass", falls_back)
     runs = parse_runs(["paper", "paper,rotate=true"])
@@ -202,6 +205,24 @@ def test_a_killed_run_continues(tiny_shape: str, tmp_path: Path, monkeypatch: py
     assert measured == [20, 0, 40]
     content = json.loads((tmp_path / "speed.json").read_text(encoding="utf-8"))
     assert [run["context"] for run in content["runs"]] == [20] * 3 + [40] * 3
+
+
+def test_what_a_killed_run_measured_can_be_written_without_the_rest(
+    tiny_shape: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ["speed", "--shape", tiny_shape, "--new-tokens", "2", "--repeats", "1"]
+
+    def until_the_second(model: PreTrainedModel, runs: Any, point: Point, **options: Any) -> Any:
+        if point.context == 40:
+            raise KeyboardInterrupt
+        return measure_point(model, runs, point, **options)
+
+    monkeypatch.setattr(speed, "measure_point", until_the_second)
+    assert main([*arguments, "--context", "20,40", "--output", str(tmp_path)]) == 130
+    monkeypatch.setattr(speed, "measure_point", None)  # calling it would fail
+    assert main([*arguments, "--context", "20", "--output", str(tmp_path)]) == 0
+    content = json.loads((tmp_path / "speed.json").read_text(encoding="utf-8"))
+    assert {run["context"] for run in content["runs"]} == {20}
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import pytest
 import torch
 from dma_hf_eval import recall, tasks
 from dma_hf_eval.cli import main
-from dma_hf_eval.errors import UsageError
+from dma_hf_eval.errors import EvalError, UsageError
 from dma_hf_eval.journal import Journal
 from dma_hf_eval.loading import BUILTIN_FOLDER, load_model
 from dma_hf_eval.runs import parse_runs
@@ -282,10 +282,11 @@ def test_data_that_is_missing_is_one_line(task_files: list[str], tmp_path: Path)
 
 
 def test_two_processes_give_the_result_of_one(folder: Path, tmp_path: Path) -> None:
-    """What ``accelerate launch`` starts on several GPUs, on CPUs."""
-    arguments = ["tasks", "--model", str(folder), "--tasks", "dma_passkey_1k", "--limit", "3"]
-    arguments += ["--device", "cpu", "--config", "low=mxfp4", "--output"]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    """What ``accelerate launch`` starts on two GPUs, on the CPU: three samples, so the shares differ."""
+    arguments = ["tasks", "--model", str(folder), "--tasks", "dma_passkey_1k,dma_key_value_64"]
+    arguments += ["--limit", "3", "--device", "cpu", "--config", "low=mxfp4", "--output"]
+    # with --cpu, accelerate starts a single process, whatever --num_processes says
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     done = subprocess.run(
         [*launch, "-m", "dma_hf_eval", *arguments, str(tmp_path / "two")],
         capture_output=True,
@@ -294,17 +295,33 @@ def test_two_processes_give_the_result_of_one(folder: Path, tmp_path: Path) -> N
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("written:") == 1
+    assert done.stdout.count("written:") == done.stdout.count("samples of 2 tasks") == 1
+    assert [path.name for path in (tmp_path / "two").iterdir()] == ["tasks.json"]
     assert main([*arguments, str(tmp_path / "one")]) == 0
     two, one = (json.loads((tmp_path / name / "tasks.json").read_text()) for name in ("two", "one"))
     assert (two["processes"], one["processes"]) == (2, 1)
     for mine, theirs in zip(two["runs"], one["runs"], strict=True):
+        # the process of one sample repeats a request, to keep step with the other: it counts once
+        assert mine["truncated_requests"] == theirs["truncated_requests"] == 3
         for row, expected in zip(mine["results"], theirs["results"], strict=True):
             assert row.keys() == expected.keys()
             for name in ("task", "metric", "test", "flipped"):
                 assert row[name] == expected[name]
-            for name in ("value", "stderr", "delta"):
+            for name in ("value", "stderr", "delta", "p_value"):
                 assert row[name] == (expected[name] and pytest.approx(expected[name], rel=1e-4))
+
+
+def test_samples_that_lm_eval_loses_are_missed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    evaluate = tasks.lm_eval.evaluate
+
+    def forgetful(*arguments: Any, **options: Any) -> Any:
+        output = evaluate(*arguments, **options)
+        output["samples"]["dma_passkey_1k"].pop()
+        return output
+
+    monkeypatch.setattr(tasks.lm_eval, "evaluate", forgetful)
+    with pytest.raises(EvalError, match="lm-eval lost or repeated samples of 'dma_passkey_1k'"):
+        answers(folder, ["dma_passkey_1k"], limit=2)
 
 
 def test_the_plain_command_line_of_lm_eval_knows_dma_and_the_bundled_tasks(
