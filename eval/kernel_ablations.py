@@ -125,7 +125,7 @@ QUANTIZERS: Quantizers = {
 
 
 def compare_quantizers(
-    shapes: Sequence[KeyShape],
+    shape: KeyShape,
     configs: Sequence[str],
     quantizers: Quantizers,
     meter: Meter,
@@ -142,34 +142,35 @@ def compare_quantizers(
         Entries as `run_entry` makes them, with "bytes", "gb_per_s", "ratio_to_copy" (of bandwidths) and
         "ratio_to_fused" (of times; above 1 is slower than the first quantiser).
     """
-    runs = []
-    for shape in shapes:
-        key = random_key(shape, meter.device)
-        copy = torch.empty_like(key)
-        run = run_entry("copy", "torch.Tensor.copy_", shape.describe(), config=None)
-        copy_ms = meter.milliseconds(lambda copy=copy, key=key: copy.copy_(key))  # type: ignore[misc]
-        copy_rate = _rate(2 * shape.nbytes, copy_ms)
-        runs.append({**run, "ms": copy_ms, "bytes": 2 * shape.nbytes, "gb_per_s": copy_rate})
-        del copy
-        for text in configs:
-            config = parse_config(text)
-            fused_ms = written = None
-            for name, make_call in quantizers.items():
-                run = run_entry("quantize", f"{text}: {name}", shape.describe(), config=config.to_dict())
-                try:
-                    call = make_call(key, config)
-                    written = _bytes_written(call()) if written is None else written
-                    moved = shape.nbytes * (2 if config.smooth_k else 1) + written
-                    run["extra_bytes"] = meter.extra_bytes(call)
-                    ms = meter.milliseconds(call)
-                    fused_ms = fused_ms or ms
-                    run.update(ms=ms, includes_quantization=True, bytes=moved, gb_per_s=_rate(moved, ms))
-                    run.update(ratio_to_copy=run["gb_per_s"] / copy_rate, ratio_to_fused=ms / fused_ms)
-                except Exception as error:  # as in `measure_provider`
-                    run["error"] = failure(error)
-                runs.append(run)
-                advance(1)
+    key = random_key(shape, meter.device)
+    copy_ms = _copy_milliseconds(key, meter)
+    copy_rate = _rate(2 * shape.nbytes, copy_ms)
+    run = run_entry("copy", "torch.Tensor.copy_", shape.describe(), config=None)
+    runs = [{**run, "ms": copy_ms, "bytes": 2 * shape.nbytes, "gb_per_s": copy_rate}]
+    for text in configs:
+        config = parse_config(text)
+        fused_ms = written = None
+        for name, make_call in quantizers.items():
+            run = run_entry("quantize", f"{text}: {name}", shape.describe(), config=config.to_dict())
+            try:
+                call = make_call(key, config)
+                written = _bytes_written(call()) if written is None else written
+                moved = shape.nbytes * (2 if config.smooth_k else 1) + written
+                run["extra_bytes"] = meter.extra_bytes(call)
+                ms = meter.milliseconds(call)
+                fused_ms = fused_ms or ms
+                run.update(ms=ms, includes_quantization=True, bytes=moved, gb_per_s=_rate(moved, ms))
+                run.update(ratio_to_copy=run["gb_per_s"] / copy_rate, ratio_to_fused=ms / fused_ms)
+            except Exception as error:  # as in `measure_provider`
+                run["error"] = failure(error)
+            runs.append(run)
+            advance(1)
     return runs
+
+
+def _copy_milliseconds(key: Tensor, meter: Meter) -> float:
+    copy = torch.empty_like(key)
+    return meter.milliseconds(lambda: copy.copy_(key))
 
 
 def _bytes_written(result: Any) -> int:

@@ -1,4 +1,4 @@
-"""The kernel benchmark's measuring loop: every implementation of attention on every shape.
+"""The kernel benchmark's measuring loop: every implementation of attention on one shape.
 
 It needs no particular device: what does is behind ``Meter``.
 """
@@ -62,21 +62,14 @@ def failure(error: Exception) -> str:
 
 
 def compare_attention(
-    shapes: Sequence[Shape], providers: Sequence[Provider], meter: Meter, advance: Advance
+    shape: Shape, providers: Sequence[Provider], meter: Meter, advance: Advance
 ) -> list[Run]:
-    """Times every provider on every shape, against the first one, which is SDPA's default.
+    """Times every provider on a shape, against the first one, which is SDPA's default.
 
     The baseline is timed before, amid and after the others, and the median counts: a clock that drifts
     moves both sides of a ratio. A provider that fails leaves an entry with "error"; the rest go on.
     Calls ``advance`` after every provider.
     """
-    runs = []
-    for shape in shapes:
-        runs += _compare_on(shape, providers, meter, advance)
-    return runs
-
-
-def _compare_on(shape: Shape, providers: Sequence[Provider], meter: Meter, advance: Advance) -> list[Run]:
     try:
         inputs = random_inputs(shape, meter.device)
         expected = float32_attention(inputs)

@@ -14,9 +14,14 @@ CHECKED_QUERIES = 128
 """The last queries, which see the most keys: the rows whose error is measured."""
 
 DTYPE = torch.bfloat16
-SERIES_TOKENS = 16_384  # batch x length of a series over lengths: short sequences fill the GPU too
-SERIES_LENGTHS = (1024, 2048, 4096, 8192, 16_384, 32_768, 65_536)
-QUICK_LENGTHS = (16_384, 32_768)
+
+Size = tuple[int, int]
+"""(batch, length): sequences, and tokens in each."""
+
+SERIES: tuple[Size, ...] = ((1, 1024), (4, 4096), (1, 16_384), (1, 32_768), (1, 131_072))
+QUICK_SERIES: tuple[Size, ...] = ((1, 16_384), (1, 32_768))
+HEAD_DIMS = (128, 64)
+HEADS, KV_HEADS = 32, 8
 
 LOCALITY_WINDOW = 64  # tokens over which neighbouring queries and keys resemble each other
 SINK_TOKENS = 4
@@ -49,30 +54,34 @@ class Shape:
         return f"{self.batch} × {self.length:,} tokens, {heads}, head dimension {self.head_dim}, {mask}"
 
 
-def attention_shapes(*, quick: bool = False, lengths: Sequence[int] | None = None) -> list[Shape]:
+def attention_shapes(
+    *,
+    quick: bool = False,
+    sizes: Sequence[Size] | None = None,
+    head_dims: Sequence[int] | None = None,
+    bidirectional: bool = False,
+) -> list[Shape]:
     """The shapes of the attention suite.
 
-    A series over lengths for each head dimension (causal, 32 query heads, 8 KV heads), then single
-    shapes: without a mask, without grouped queries, with batch 1 and with a large batch.
+    A series over lengths for each head dimension, with 32 query heads and 8 KV heads, causal; then
+    16k tokens without a mask, and without grouped queries.
 
     Args:
         quick: two shapes of one kernel: 16k and 32k tokens at head dimension 128.
-        lengths: in tokens; takes the place of the default lengths, and leaves the single shapes out.
+        sizes: take the place of the series.
+        head_dims: take the place of 128 and 64.
+        bidirectional: the series without a mask.
+
+    With any of the last three there is the series alone.
     """
-    chosen = lengths or (QUICK_LENGTHS if quick else SERIES_LENGTHS)
+    chosen = sizes or (QUICK_SERIES if quick else SERIES)
     shapes = [
-        Shape(max(1, SERIES_TOKENS // length), 32, 8, length, head_dim)
-        for head_dim in ((128,) if quick else (128, 64))
-        for length in chosen
+        Shape(batch, HEADS, KV_HEADS, length, head_dim, causal=not bidirectional)
+        for head_dim in head_dims or (HEAD_DIMS[:1] if quick else HEAD_DIMS)
+        for batch, length in chosen
     ]
-    if not quick and lengths is None:
-        shapes += [
-            Shape(4, 32, 8, 4096, 128, causal=False),
-            Shape(1, 32, 8, 16_384, 128, causal=False),
-            Shape(1, 32, 32, 16_384, 128),
-            Shape(1, 32, 8, 4096, 128),
-            Shape(16, 32, 8, 4096, 128),
-        ]
+    if not (quick or sizes or head_dims or bidirectional):
+        shapes += [Shape(1, HEADS, KV_HEADS, 16_384, 128, causal=False), Shape(1, HEADS, HEADS, 16_384, 128)]
     return shapes
 
 

@@ -168,10 +168,13 @@ def last_queries_attention(inputs: Inputs, mask: Tensor | None) -> Tensor:
     )
 
 
-def compare_masks(
-    batches: Sequence[Batch], configs: Sequence[str], meter: Meter, advance: Advance
-) -> list[Run]:
-    """Time and memory of every batch under SDPA with its 4-D mask, and under DMA.
+def provider_count(batch: Batch, configs: Sequence[str]) -> int:
+    """How often `compare_masks` advances."""
+    return (1 + len(configs)) * (2 if batch.mask == "window" else 1)
+
+
+def compare_masks(batch: Batch, configs: Sequence[str], meter: Meter, advance: Advance) -> list[Run]:
+    """Time and memory of a batch under SDPA with its 4-D mask, and under DMA.
 
     A window is measured next to causal attention without a mask on the same inputs: what it saves.
     Calls ``advance`` after every implementation.
@@ -180,18 +183,6 @@ def compare_masks(
         Entries as `run_entry` makes them, with "mask_bytes", and the mask in "shape". Ratios are to SDPA
         with the mask.
     """
-    runs = []
-    for batch in batches:
-        runs += _compare_on(batch, configs, meter, advance)
-    return runs
-
-
-def provider_count(batches: Sequence[Batch], configs: Sequence[str]) -> int:
-    """How often `compare_masks` advances."""
-    return sum((1 + len(configs)) * (2 if batch.mask == "window" else 1) for batch in batches)
-
-
-def _compare_on(batch: Batch, configs: Sequence[str], meter: Meter, advance: Advance) -> list[Run]:
     inputs = random_inputs(batch.shape, meter.device)
     runs: list[Run] = []
     compared = [batch, replace(batch, mask="none", size=None)] if batch.mask == "window" else [batch]

@@ -23,15 +23,9 @@ from .kernel_inputs import Inputs
 from .kernel_timing import Call
 from .runs import parse_config
 
-DEFAULT_KERNEL_CONFIGS = (
-    "auto",
-    "fast",
-    "accurate",
-    "paper",
-    "low=mxfp4,high=none",
-    "low=none,high=none",
-)
-"""The presets, MXFP4 at the 8-bit rate, and nothing quantised."""
+PRESET_CONFIGS = ("auto", "fast", "accurate", "paper")
+FORMAT_CONFIGS = ("low=mxfp4,high=none", "low=fp8,high=none", "low=none,high=none")
+"""Formats that no preset runs in the portable kernel, and nothing quantised."""
 
 Operations = Iterator[tuple[str, Call]]
 """Named calls: first "attention", all of it; then its parts, where there are any."""
@@ -53,20 +47,13 @@ class Provider:
     config: DMAConfig | None = None
 
 
-def attention_providers(configs: Sequence[str]) -> list[Provider]:
-    """SDPA's default, which is the baseline, then its backends, other libraries, and DMA by setting.
+def dma_providers(configs: Sequence[str]) -> list[Provider]:
+    """DMA by setting.
 
     Raises:
         UsageError: if a string of ``configs`` is no setting.
     """
-    return [
-        SDPA,
-        Provider("SDPA flash", _sdpa_backend(SDPBackend.FLASH_ATTENTION)),
-        Provider("SDPA cuDNN", _sdpa_backend(SDPBackend.CUDNN_ATTENTION)),
-        Provider("FlexAttention", _flex_attention),
-        Provider("SageAttention", _sage_attention),
-        *(dma_provider(f"DMA {text}", parse_config(text)) for text in configs),
-    ]
+    return [dma_provider(f"DMA {text}", parse_config(text)) for text in configs]
 
 
 def _sdpa(inputs: Inputs) -> Tensor:
@@ -142,6 +129,18 @@ def _sage_attention(inputs: Inputs) -> Operations:
         )
 
     yield "attention", call
+
+
+OTHERS = {
+    "flash": Provider("SDPA flash", _sdpa_backend(SDPBackend.FLASH_ATTENTION)),
+    "cudnn": Provider("SDPA cuDNN", _sdpa_backend(SDPBackend.CUDNN_ATTENTION)),
+    "flex": Provider("FlexAttention", _flex_attention),
+    "sage": Provider("SageAttention", _sage_attention),
+}
+"""What SDPA's default and DMA may be compared with, by the names that the command line takes."""
+
+DEFAULT_OTHERS = ("flash", "cudnn", "sage")
+"""Without FlexAttention, which torch.compile builds anew for every shape: several seconds each."""
 
 
 def dma_provider(name: str, config: DMAConfig, *, parts: bool = True) -> Provider:

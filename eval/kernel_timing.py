@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
+from statistics import median
 from typing import Any, Protocol
 
 import torch
@@ -13,9 +15,11 @@ from .errors import UsageError
 Call = Callable[[], Any]
 """One launch of what is measured, without arguments."""
 
-# milliseconds, as `do_bench` takes them
+# milliseconds
 WARMUP = 10
-REPEAT = 100
+MEASURED = 100
+# a call of 128k tokens is longer than MEASURED, and one of 1k would be repeated thousands of times
+LEAST_REPEATS, MOST_REPEATS = 3, 200
 
 
 class Meter(Protocol):
@@ -31,6 +35,9 @@ class Meter(Protocol):
     def extra_bytes(self, call: Call) -> int:
         """Peak memory of one call beyond what was allocated before it and the tensor it returns."""
 
+    def works(self) -> bool:
+        """Whether the device still answers. After a fault it fails whatever it is asked to do."""
+
 
 class CudaMeter:
     """Measures on the current CUDA device, with events, after a warm-up, on a cold L2 cache.
@@ -43,11 +50,29 @@ class CudaMeter:
         if not torch.cuda.is_available():
             raise UsageError("kernels: needs a CUDA device, and PyTorch finds none")
         self.device = torch.device("cuda", torch.cuda.current_device())
+        cache_bytes = torch.cuda.get_device_properties(self.device).L2_cache_size
+        self._cache = torch.empty(2 * cache_bytes, dtype=torch.int8, device=self.device)
 
     def milliseconds(self, call: Call) -> float:
-        from triton.testing import do_bench
+        # Triton's do_bench makes seven calls before the first that counts, and then only one of a call
+        # that takes longer than what it is told to spend: seconds, and no median, at 128k tokens.
+        _, estimate = self._times(call, 2)
+        for _ in range(int(WARMUP / estimate)):
+            call()
+        repeats = min(max(int(MEASURED / estimate), LEAST_REPEATS), MOST_REPEATS)
+        return median(self._times(call, repeats))
 
-        return float(do_bench(call, warmup=WARMUP, rep=REPEAT, return_mode="median"))
+    def _times(self, call: Call, repeats: int) -> list[float]:
+        events = []
+        for _ in range(repeats):
+            self._cache.zero_()  # whatever the last call left in the L2 cache is gone
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            call()
+            end.record()
+            events.append((start, end))
+        torch.cuda.synchronize()
+        return [start.elapsed_time(end) for start, end in events]
 
     def extra_bytes(self, call: Call) -> int:
         call()  # what a first call compiles or allocates for good is not its working memory
@@ -58,3 +83,9 @@ class CudaMeter:
         torch.cuda.synchronize()
         output = result.untyped_storage().nbytes() if isinstance(result, Tensor) else 0
         return max(0, torch.cuda.max_memory_allocated() - before - output)
+
+    def works(self) -> bool:
+        with contextlib.suppress(RuntimeError):
+            torch.cuda.synchronize()
+            return True
+        return False

@@ -5,19 +5,26 @@ A page marks where a table belongs, and everything between the two marks is repl
     <!-- results: eval/results/builtin_cpu/perplexity.json -->
     <!-- end of results -->
 
-``python -m eval.readme_tables README.md eval/builtin_model/README.md`` rewrites the tables of these pages, so
-no number in them is typed by hand. Paths in marks start at the current folder.
+and where it wants quality against speed, of two files, as a picture and a table (``pareto``):
+
+    <!-- pareto: eval/results/presets_cpu/perplexity.json eval/results/h200/kernels.json -->
+    <!-- end of results -->
+
+``python -m eval.readme_tables README.md eval/builtin_model/README.md`` rewrites the tables of these pages
+and draws their pictures, so no number in them is typed by hand. Paths in marks start at the current folder.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from .pareto import PICTURE, draw_pareto, missing_presets, pareto_points
 from .tables import (
     MODEL_SPEED_COLUMNS,
     PERPLEXITY_COLUMNS,
@@ -34,15 +41,63 @@ MARKED = re.compile(
     r"(?P<start><!-- results: (?P<path>\S+) -->\n).*?(?P<end><!-- end of results -->)", re.DOTALL
 )
 
+PARETO = re.compile(
+    r"(?P<start><!-- pareto: (?P<quality>\S+) (?P<speed>\S+) -->\n).*?(?P<end><!-- end of results -->)",
+    re.DOTALL,
+)
 
-def fill(page: str, folder: Path) -> str:
-    """``page`` with every marked table rendered anew from the JSON file it names, below ``folder``."""
+
+def fill(page: str, folder: Path, page_folder: Path | None = None) -> str:
+    """``page`` with everything marked rendered anew from the JSON files it names, below ``folder``.
+
+    Args:
+        page_folder: where the page is, for its links to pictures; None for ``folder``.
+    """
 
     def table(match: re.Match[str]) -> str:
-        content = json.loads((folder / match["path"]).read_text(encoding="utf-8"))
-        return f"{match['start']}{render(content)}{match['end']}"
+        return f"{match['start']}{render(_read(folder / match['path']))}{match['end']}"
 
-    return MARKED.sub(table, page)
+    def pareto(match: re.Match[str]) -> str:
+        picture = os.path.relpath(_picture(folder, match), page_folder or folder)
+        quality, speed = (_read(folder / match[name]) for name in ("quality", "speed"))
+        return f"{match['start']}{_pareto(quality, speed, Path(picture).as_posix())}{match['end']}"
+
+    return PARETO.sub(pareto, MARKED.sub(table, page))
+
+
+def draw(page: str, folder: Path) -> None:
+    """Draws the pictures that ``page`` asks for, where all that they should show is measured."""
+    for match in PARETO.finditer(page):
+        quality, speed = (_read(folder / match[name]) for name in ("quality", "speed"))
+        if not missing_presets(quality, speed):
+            title = f"causal, 1 × 16,384 tokens, head dimension 128, {speed['environment']['hardware']}"
+            draw_pareto(pareto_points(quality, speed), title, _picture(folder, match))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _picture(folder: Path, match: re.Match[str]) -> Path:
+    return (folder / match["speed"]).with_name(PICTURE)
+
+
+def _pareto(quality: dict[str, Any], speed: dict[str, Any], picture: str) -> str:
+    """The picture and its numbers as Markdown; what is missing, where the presets are not all timed."""
+    commands = [content["environment"]["command"] for content in (quality, speed)]
+    if missing := missing_presets(quality, speed):
+        return f"Not measured yet: the speed of {', '.join(missing)} in the results of `{commands[1]}`.\n"
+    rows = [
+        [point.name, f"{point.kl:.5f}", f"{point.recall_change + 0.0:+.2f} %", f"{point.speed:.2f}"]
+        for point in pareto_points(quality, speed)
+    ]
+    table = _markdown(["setting", "KL from SDPA, nats", "recall perplexity", "× SDPA"], rows)
+    return (
+        f"![KL from SDPA against speed, one point for each setting]({picture})\n\n{table}\n\n"
+        f"Better is to the right and below; SDPA is at 1, without divergence. Quality: `{commands[0]}`, on"
+        f" {quality['environment']['hardware']}. Speed: `{commands[1]}`, causal attention over 1 × 16,384"
+        f" tokens at head dimension 128, quantisation included. {_origin(speed)}\n"
+    )
 
 
 def render(content: dict[str, Any]) -> str:
@@ -57,7 +112,7 @@ def render(content: dict[str, Any]) -> str:
     elif "outcome" in runs[0]:
         columns, rows, what = _models(content)
     elif "op" in runs[0]:
-        columns, rows, what = _kernels(runs)
+        columns, rows, what = _kernels(content)
     elif "prefill_seconds" in runs[0]:
         columns, rows, what = _speed(content)
     elif "perplexity" in runs[0]:
@@ -66,21 +121,23 @@ def render(content: dict[str, Any]) -> str:
         columns, rows = recall_columns(runs), recall_rows(runs)
         what = f"{content['samples']} samples per distance, passages of {content['passage']} tokens"
         what = f"{what}; {content['data']}"
-    lines = [_line(columns), _line(["---", *["---:"] * (len(columns) - 1)]), *map(_line, rows)]
-    table = "\n".join(lines)
-    return f"{table}\n\n`{content['environment']['command']}`: {what}. {_origin(content)}\n"
+    table, command = _markdown(columns, rows), content["environment"]["command"]
+    return f"{table}\n\n`{command}`: {what}. {_origin(content)}\n"
 
 
 Table = tuple[Sequence[str], list[list[str]], str]
 """Columns, rows, and what was measured."""
 
 
-def _kernels(runs: Sequence[Run]) -> Table:
+def _kernels(content: dict[str, Any]) -> Table:
+    runs = content["runs"]
     shape = runs[0]["shape"]
     what = (
-        f"time of SDPA's default over the provider's, quantisation included; batch × length, causal,"
-        f" {shape['heads']} / {shape['kv_heads']} heads"
+        f"time of SDPA's default over the provider's, quantisation included; batch × length, causal where"
+        f" nothing else is said, {shape['heads']} / {shape['kv_heads']} heads"
     )
+    if "shapes_left" in content:
+        what += f"; **unfinished**, {content['shapes_left']} shapes are missing"
     return speed_columns(runs), speed_rows(runs), what
 
 
@@ -116,11 +173,10 @@ def _models(content: dict[str, Any]) -> Table:
         "not built": "no tiny model could be made here (a package is missing, or generation failed)",
     }
     rows = [[name, meaning[name], str(count)] for name, count in content["counts"].items()]
-    return (
-        ["outcome", "meaning", "model types"],
-        rows,
-        f"{len(content['runs'])} model types, tiny random models",
-    )
+    what = f"{len(content['runs'])} model types, tiny random models"
+    if in_lockstep := sum(run["lockstep_error"] is not None for run in content["runs"]):
+        what += f"; {in_lockstep} judged by their attention calls, in lockstep with SDPA"
+    return ["outcome", "meaning", "model types"], rows, what
 
 
 def _speed(content: dict[str, Any]) -> Table:
@@ -150,6 +206,10 @@ def _perplexity(content: dict[str, Any]) -> Table:
     return columns, rows, what
 
 
+def _markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    return "\n".join([_line(columns), _line(["---", *["---:"] * (len(columns) - 1)]), *map(_line, rows)])
+
+
 def _line(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
@@ -163,9 +223,11 @@ def _origin(content: dict[str, Any]) -> str:
 
 
 def main(paths: Sequence[str]) -> None:
-    """Rewrites the marked tables of the pages at ``paths``."""
+    """Rewrites the marked tables of the pages at ``paths``, and draws their pictures."""
     for path in map(Path, paths):
-        path.write_text(fill(path.read_text(encoding="utf-8"), Path.cwd()), encoding="utf-8")
+        page = path.read_text(encoding="utf-8")
+        draw(page, Path.cwd())
+        path.write_text(fill(page, Path.cwd(), path.parent.resolve()), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -146,6 +146,7 @@ KERNEL_COLUMNS: dict[str, tuple[str, Callable[[float], str]]] = {
     "ratio_to_sdpa_default": ("× SDPA", lambda value: _fixed(value, 2)),
     "gb_per_s": ("GB/s", lambda value: _fixed(value, 0)),
     "ratio_to_copy": ("× copy", lambda value: _fixed(value, 2)),
+    "ratio_to_chosen": ("× table's", lambda value: _fixed(value, 2)),
     "ratio_to_fused": ("time / fused", lambda value: _significant(value)),
     "rel_error": ("rel. error", lambda value: f"{value:.1e}"),
     "extra_bytes": ("extra MiB", lambda value: _fixed(value / 2**20, 1)),
@@ -162,7 +163,7 @@ def kernel_rows(runs: Sequence[Run], fields: Sequence[str]) -> list[list[str]]:
     rows = []
     for run in runs:
         name = run["provider"] if run["op"] not in ("quantize", "attend") else f"  {run['op']}"
-        if run["op"] == "quantize" and "gb_per_s" in fields:  # there it is all of the work
+        if "blocks" in run or (run["op"] == "quantize" and "gb_per_s" in fields):  # all of the work
             name = run["provider"]
         if "error" in run:
             name = f"{name}: {run['error']}"
@@ -180,18 +181,20 @@ def kernel_table(runs: Sequence[Run], fields: Sequence[str]) -> Table:
 
 
 def speed_columns(runs: Sequence[Run]) -> list[str]:
-    """The header of ``speed_rows``: batch x length of each shape in the series."""
-    return ["head dimension", "attention", *(f"{batch} × {length:,}" for batch, length in _series(runs))]
+    """The header of ``speed_rows``: batch x length of each shape, causal unless it says otherwise."""
+    shapes = (
+        f"{batch} × {length:,}" + (", no mask" if no_mask else "") for no_mask, length, batch in _series(runs)
+    )
+    return ["head dimension", "attention", *shapes]
 
 
 def speed_rows(runs: Sequence[Run]) -> list[list[str]]:
     """Speed against SDPA's default over the length: a row per head dimension and provider.
 
-    Of a kernels file, the causal series whose shapes all have the same number of tokens in a batch or
-    batch 1, with the heads of the first run; providers that never ran are left out.
+    Of a kernels file, the shapes with the heads of the first one; providers that never ran are left out.
     """
     ratios = {
-        (run["shape"]["head_dim"], run["provider"], run["shape"]["batch"], run["shape"]["length"]): run
+        (run["shape"]["head_dim"], run["provider"], *_place(run)): run
         for run in runs
         if _in_series(run, runs)
     }
@@ -208,15 +211,17 @@ def speed_rows(runs: Sequence[Run]) -> list[list[str]]:
 
 def _in_series(run: Run, runs: Sequence[Run]) -> bool:
     shape, first = run["shape"], runs[0]["shape"]
-    same = all(shape[name] == first[name] for name in ("heads", "kv_heads", "causal"))
-    tokens = first["batch"] * first["length"]
-    whole = shape["batch"] * shape["length"] == tokens or (shape["batch"] == 1 and shape["length"] > tokens)
-    return bool(run["op"] == "attention" and same and whole)
+    same = all(shape[name] == first[name] for name in ("heads", "kv_heads"))
+    return bool(run["op"] == "attention" and same)
 
 
-def _series(runs: Sequence[Run]) -> list[tuple[int, int]]:
-    shapes = {(r["shape"]["length"], r["shape"]["batch"]) for r in runs if _in_series(r, runs)}
-    return [(batch, length) for length, batch in sorted(shapes)]
+def _place(run: Run) -> tuple[bool, int, int]:
+    shape = run["shape"]
+    return not shape["causal"], shape["length"], shape["batch"]
+
+
+def _series(runs: Sequence[Run]) -> list[tuple[bool, int, int]]:
+    return sorted({_place(run) for run in runs if _in_series(run, runs)})
 
 
 LAYER_COLUMNS = ("attention", "head", "rel. error", "cosine", "mass in\nhigh tiles")
@@ -402,6 +407,7 @@ MODEL_COLUMNS = (
     "DMA calls",
     "SDPA calls",
     "max. error",
+    "in lockstep",
     "seconds",
     "why",
 )
@@ -417,6 +423,7 @@ def model_rows(runs: Sequence[Run]) -> list[list[str]]:
             str(run["kernel_calls"]),
             str(run["sdpa_calls"]),
             "–" if run["max_error"] is None else f"{run['max_error']:.1e}",
+            "–" if run["lockstep_error"] is None else f"{run['lockstep_error']:.1e}",
             _fixed(run["seconds"], 1),
             run["why"] or "",
         ]
@@ -427,9 +434,9 @@ def model_rows(runs: Sequence[Run]) -> list[list[str]]:
 def models_table(runs: Sequence[Run]) -> Table:
     """``model_rows`` for the terminal."""
     table = _table(*MODEL_COLUMNS)
-    for column in (1, 2, 7):
+    for column in (1, 2, 8):
         table.columns[column].justify = "left"
-    for column in (1, 7):
+    for column in (1, 8):
         table.columns[column].no_wrap = False
         table.columns[column].overflow = "fold"
     for row in model_rows(runs):

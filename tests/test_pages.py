@@ -53,7 +53,9 @@ def test_links_lead_somewhere(path: Path) -> None:
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
 def test_tables_of_results_are_those_of_the_results(path: Path) -> None:
     text = text_of(path)
-    assert text == fill(text, CHECKOUT), f"run: python -m eval.readme_tables examples/{path.name}"
+    assert text == fill(text, CHECKOUT, path.parent), (
+        f"run: python -m eval.readme_tables examples/{path.name}"
+    )
 
 
 @pytest.mark.parametrize("name", ["formats.md", "presets.md"])

@@ -10,8 +10,8 @@ that ``--help`` answers at once. It defines
 
 What all of them keep to:
 
-* Results are written at the end and in one step (``session.write_results``); eval/schemas has the JSON
-  Schema of every results file, which the tests validate.
+* Results are written at the end and in one step (``session.write_results``; ``kernels`` does so after
+  every shape, too); eval/schemas has the JSON Schema of every results file, which the tests validate.
 * Long work is written down piece by piece and continued after an interruption (``journal``).
 * A run of DMA that fails is reported in one line, and the others go on (``failures``).
 """

@@ -46,6 +46,9 @@ def caveats(results: Results, verdicts: Sequence[Verdict]) -> list[str]:
 def _coverage(results: Results) -> Iterator[str]:
     for name, reason in results.unreadable.items():
         yield f"{name} is left out: it {reason}."
+    for file in results.of("kernels"):
+        if "shapes_left" in file.content:
+            yield f"{file.name} is unfinished: {file.content['shapes_left']} shapes are missing."
     if results.missing:
         commands = "; ".join(f"{KINDS[kind]} (dma-eval {kind})" for kind in results.missing)
         yield f"Not measured: {commands}."

@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from dma_hf_eval import kernel_inputs, kernel_timing, kernels
+from dma_hf_eval import kernel_inputs, kernel_providers, kernel_timing, kernels
 from dma_hf_eval.cli import main
+from dma_hf_eval.commands.calibrate import DEFAULT_LOWS
+from dma_hf_eval.commands.kernels import PROVIDERS, head_dims, sizes
 from dma_hf_eval.errors import EvalError, UsageError
 from dma_hf_eval.kernel_ablations import (
     KeyShape,
@@ -36,9 +38,17 @@ from dma_hf_eval.kernel_inputs import (
 )
 from dma_hf_eval.kernel_masks import compare_masks, make_mask, mask_batches, provider_count
 from dma_hf_eval.kernel_plots import throughput_series
-from dma_hf_eval.kernel_providers import SDPA, Provider, attention_providers, dma_provider, key_quantizer
-from dma_hf_eval.kernels import plan_suite
+from dma_hf_eval.kernel_providers import (
+    OTHERS,
+    SDPA,
+    Provider,
+    dma_provider,
+    dma_providers,
+    key_quantizer,
+)
+from dma_hf_eval.kernels import Plan, plan_attention
 from dma_hf_eval.tables import kernel_rows
+from schema_check import validate
 from torch.nn.functional import scaled_dot_product_attention
 from transformers.masking_utils import sdpa_mask
 
@@ -81,6 +91,9 @@ class InventedMeter:
 
     def extra_bytes(self, call: Callable[[], Any]) -> int:
         return 1 << 20
+
+    def works(self) -> bool:
+        return True
 
 
 def ignore(_: int) -> None:
@@ -130,12 +143,25 @@ def test_attention_shapes_cover_what_is_asked_for() -> None:
     shapes = attention_shapes()
     for head_dim in (64, 128):
         series = [s for s in shapes if s.head_dim == head_dim and s.causal and s.heads == 4 * s.kv_heads]
-        assert {shape.length for shape in series} >= {1024 * 2**i for i in range(7)}
-    assert any(not shape.causal for shape in shapes)
+        sizes = [(shape.batch, shape.length) for shape in series]
+        assert sizes == [(1, 1024), (4, 4096), (1, 16_384), (1, 32_768), (1, 131_072)]
+    assert Shape(1, 32, 8, 16_384, 128, causal=False) in shapes
     assert any(shape.heads == shape.kv_heads for shape in shapes)
     assert {shape.length for shape in attention_shapes(quick=True)} == {16_384, 32_768}
-    assert [shape.length for shape in attention_shapes(lengths=[300])] == [300, 300]
     assert len(set(shapes)) == len(shapes)
+
+
+def test_a_choice_of_shapes_is_those_alone() -> None:
+    assert attention_shapes(sizes=[(4, 300), (1, 500)]) == [
+        Shape(4, 32, 8, 300, 128),
+        Shape(1, 32, 8, 500, 128),
+        Shape(4, 32, 8, 300, 64),
+        Shape(1, 32, 8, 500, 64),
+    ]
+    assert attention_shapes(sizes=[(1, 300)], head_dims=[96], bidirectional=True) == [
+        Shape(1, 32, 8, 300, 96, causal=False)
+    ]
+    assert len(attention_shapes(head_dims=[128])) == len(attention_shapes()) // 2 - 1
 
 
 def test_causal_attention_counts_half_of_the_operations() -> None:
@@ -150,7 +176,7 @@ def test_a_comparison_relates_everything_to_the_baseline_of_its_shape() -> None:
     providers = [SDPA, dma_provider("DMA exact", DMAConfig(low="none", high="none"))]
     steps: list[int] = []
     # SDPA 4 ms, DMA 2 ms, then SDPA again, amid and after the others
-    runs = compare_attention([SHAPE], providers, InventedMeter(4.0, 2.0, 8.0), steps.append)
+    runs = compare_attention(SHAPE, providers, InventedMeter(4.0, 2.0, 8.0), steps.append)
     sdpa, dma = runs
     assert sdpa.keys() == dma.keys() == FIELDS | {"config"}
     assert (sdpa["ms"], sdpa["ratio_to_sdpa_default"]) == (6.0, 1.0)
@@ -171,7 +197,7 @@ def test_a_comparison_relates_everything_to_the_baseline_of_its_shape() -> None:
 
 def test_quantisation_shows_in_the_error() -> None:
     providers = [SDPA, dma_provider("DMA paper", DMAConfig())]
-    sdpa, dma = compare_attention([SHAPE], providers, InventedMeter(), ignore)
+    sdpa, dma = compare_attention(SHAPE, providers, InventedMeter(), ignore)
     assert dma["includes_quantization"] is True
     assert sdpa["includes_quantization"] is None
     assert 1e-2 < dma["rel_error"] < 0.3
@@ -190,7 +216,7 @@ def test_on_the_kernels_the_parts_are_timed_too_and_make_the_whole() -> None:
     assert results["quantize"].key.low.elements.dtype == torch.float8_e4m3fn
 
     _, whole, quantize, attend = compare_attention(
-        [shape], [SDPA, provider], InventedMeter(1.0, 4.0, 1.0, 3.0), ignore
+        shape, [SDPA, provider], InventedMeter(1.0, 4.0, 1.0, 3.0), ignore
     )
     assert [run["op"] for run in (whole, quantize, attend)] == ["attention", "quantize", "attend"]
     flags = [run["includes_quantization"] for run in (whole, quantize, attend)]
@@ -210,7 +236,7 @@ def test_one_providers_failure_is_recorded_and_the_others_run() -> None:
         Provider("NaN", spoiled),
         dma_provider("DMA", DMAConfig()),
     ]
-    sdpa, *failures, dma = compare_attention([SHAPE], providers, InventedMeter(), ignore)
+    sdpa, *failures, dma = compare_attention(SHAPE, providers, InventedMeter(), ignore)
     reasons = ["No available kernel.", "out of GPU memory", "wrong: the result holds NaN or Inf"]
     assert [run["error"] for run in failures] == reasons
     assert all(run["ms"] is None for run in failures)
@@ -219,30 +245,46 @@ def test_one_providers_failure_is_recorded_and_the_others_run() -> None:
 
 def test_without_a_baseline_there_are_no_ratios() -> None:
     providers = [failing("SDPA", RuntimeError("no")), dma_provider("DMA", DMAConfig())]
-    failed, dma = compare_attention([SHAPE], providers, InventedMeter(), ignore)
+    failed, dma = compare_attention(SHAPE, providers, InventedMeter(), ignore)
     assert failed["error"] == "no"
     assert dma["ms"] == 1.0
     assert dma["ratio_to_sdpa_default"] is None
 
 
-def test_the_providers_start_with_the_baseline() -> None:
-    names = [provider.name for provider in attention_providers(["paper", "low=mxfp4"])]
-    assert names == [
-        "SDPA",
-        "SDPA flash",
-        "SDPA cuDNN",
-        "FlexAttention",
-        "SageAttention",
-        "DMA paper",
-        "DMA low=mxfp4",
-    ]
+def names_of(plan: Plan) -> list[list[str]]:
+    return [[name for name, _ in part.settings] for part in plan.parts]
+
+
+def test_the_baseline_comes_first_and_every_setting_is_compared_with_it() -> None:
+    shape = Shape(1, 32, 8, 16_384, 128)
+    plan = plan_attention([shape], ["paper", "low=mxfp4"], ["flex", "sage"])
+    assert names_of(plan) == [["SDPA", "FlexAttention", "SageAttention", "DMA paper", "DMA low=mxfp4"]]
+    assert plan.parts[0].steps == 5
+
+
+def test_without_settings_the_presets_run_and_at_16k_single_formats() -> None:
+    compared = ["SDPA", "SDPA flash", "SDPA cuDNN", "SageAttention"]
+    presets = ["DMA auto", "DMA fast", "DMA accurate", "DMA paper"]
+    long, short = names_of(plan_attention([Shape(1, 32, 8, 16_384, 64), Shape(1, 32, 8, 1024, 64)]))
+    assert short == compared + presets
+    assert long == [*short, "DMA low=mxfp4,high=none", "DMA low=fp8,high=none", "DMA low=none,high=none"]
+
+
+def test_what_calibrate_predicts_from_is_measured() -> None:
+    """`attention_cost` needs every format of its default, and nothing quantised, on one shape."""
+    (part,) = plan_attention([Shape(1, 32, 8, 16_384, 64)]).parts
+    lows = {config["low"] for _, config in part.settings if config is not None}
+    assert lows >= {"none", *DEFAULT_LOWS.split(",")}
+
+
+def test_the_command_line_names_the_providers_there_are() -> None:
+    assert tuple(OTHERS) == PROVIDERS
 
 
 def test_a_library_that_is_absent_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    sage = next(p for p in attention_providers([]) if p.name == "SageAttention")
     with pytest.raises(EvalError, match="not installed"):
-        next(sage.operations(random_inputs(SHAPE, CPU)))
+        next(OTHERS["sage"].operations(random_inputs(SHAPE, CPU)))
 
 
 # ---- the ablations
@@ -274,7 +316,7 @@ def test_quantisers_are_compared_by_the_bytes_of_the_first() -> None:
     quantizers = {"fused": eager_pytorch, "other": separate_passes}
     # the copy 1 ms, then each quantiser
     meter = InventedMeter(1.0, 2.0, 6.0)
-    copy, fused, other = compare_quantizers([shape], ["low=int8,high=none"], quantizers, meter, ignore)
+    copy, fused, other = compare_quantizers(shape, ["low=int8,high=none"], quantizers, meter, ignore)
     tokens, size = 2 * 128, 2 * 128 * 32 * 2
     assert (copy["op"], copy["bytes"]) == ("copy", 2 * size)
     assert copy["gb_per_s"] == pytest.approx(2 * size / 1e-3 / 1e9)
@@ -318,8 +360,9 @@ def test_both_sides_get_the_same_mask(batch: Any) -> None:
 
 def test_masked_batches_are_related_to_sdpa_with_its_mask() -> None:
     steps: list[int] = []
-    runs = compare_masks(SMALL_BATCHES, ["low=none,high=none"], InventedMeter(4.0, 2.0), steps.append)
-    assert sum(steps) == provider_count(SMALL_BATCHES, ["low=none,high=none"]) == len(runs) == 2 * 5
+    meter, configs = InventedMeter(4.0, 2.0), ["low=none,high=none"]
+    runs = [run for batch in SMALL_BATCHES for run in compare_masks(batch, configs, meter, steps.append)]
+    assert sum(steps) == sum(provider_count(batch, configs) for batch in SMALL_BATCHES) == len(runs) == 2 * 5
     assert all(run["rel_error"] < 1e-2 for run in runs)
     padded, dma = runs[:2]
     assert (padded["provider"], dma["provider"]) == ("SDPA", "DMA low=none,high=none")
@@ -343,14 +386,9 @@ def test_masked_batches_are_related_to_sdpa_with_its_mask() -> None:
 def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """The command with an invented meter, on shapes that a CPU computes in no time."""
     tiny = [Shape(1, 4, 2, length, 32) for length in (64, 160)]
-    not_on_cpu = ("SDPA flash", "SDPA cuDNN", "FlexAttention")
-
-    def providers(configs: Sequence[str]) -> list[Provider]:
-        return [p for p in attention_providers(configs) if p.name not in not_on_cpu]
-
     monkeypatch.setattr(kernel_timing, "CudaMeter", InventedMeter)
-    monkeypatch.setattr(kernels, "attention_shapes", lambda **_: tiny)
-    monkeypatch.setattr(kernels, "attention_providers", providers)
+    monkeypatch.setattr(kernel_inputs, "attention_shapes", lambda **_: tiny)
+    monkeypatch.setattr(kernel_providers, "DEFAULT_OTHERS", ("sage",))
     monkeypatch.setattr(kernels, "TILES_SHAPE", tiny[1])
     monkeypatch.setattr(kernels, "FUSION_SHAPES", (KeyShape(1, 2, 130, 32),))
     monkeypatch.setattr(kernels, "QUANTIZE_SHAPES", (KeyShape(1, 2, 130, 32),))
@@ -362,6 +400,7 @@ def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")  # NumPy's, in the interpreter
 def test_the_command_prints_tables_and_writes_every_suite(tmp_path: Path, capsys: Capture) -> None:
     assert main(["kernels", "--suite", "all", "--quick", "--output", str(tmp_path)]) == 0
+    assert not list(tmp_path.glob(".*"))  # the journal is gone: all of it is in the results
     files = {path.name for path in tmp_path.iterdir()}
     assert files == {
         "kernels.json",
@@ -396,17 +435,97 @@ def test_the_command_prints_tables_and_writes_every_suite(tmp_path: Path, capsys
 
 @pytest.mark.usefixtures("on_cpu")
 def test_nothing_measured_is_a_failure(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
-    monkeypatch.setattr(kernels, "attention_providers", lambda _: [failing("SDPA", RuntimeError("broken"))])
-    assert main(["kernels"]) == 1
+    monkeypatch.setattr(kernels, "SDPA", failing("SDPA", RuntimeError("broken")))
+    monkeypatch.setattr(kernels, "dma_providers", lambda _: [])
+    assert main(["kernels", "--providers", "none"]) == 1
     assert capsys.readouterr().err == "dma-eval: kernels: nothing could be measured: broken\n"
+
+
+class Interrupted(InventedMeter):
+    """Is interrupted by Ctrl-C at the fourth call that it should time: amid the second shape."""
+
+    def __init__(self) -> None:
+        super().__init__(4.0, 2.0, 4.0)
+
+    def milliseconds(self, call: Callable[[], Any]) -> float:
+        call()
+        ms = next(self.times, None)
+        if ms is None:
+            raise KeyboardInterrupt
+        return ms
+
+
+@pytest.mark.usefixtures("on_cpu")
+def test_an_interrupted_run_leaves_its_results_and_continues_with_the_next_shape(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    command = ["kernels", "--config", "paper", "--providers", "none", "--output", str(tmp_path)]
+    monkeypatch.setattr(kernel_timing, "CudaMeter", Interrupted)
+    assert main(command) == 130
+    captured = capsys.readouterr()
+    assert captured.err == "dma-eval: interrupted; the same command continues here\n"
+    assert "1 × 64 tokens" in captured.out  # what was measured was shown
+    partial = json.loads((tmp_path / "kernels.json").read_text(encoding="utf-8"))
+    validate(partial, "kernels")
+    assert partial["shapes_left"] == 1
+    assert [run["shape"]["length"] for run in partial["runs"]] == [64, 64]
+
+    # the second shape starts again with its baseline, so that its ratios are of one run
+    monkeypatch.setattr(kernel_timing, "CudaMeter", lambda: InventedMeter(9.0, 3.0, 9.0))
+    assert main(command) == 0
+    captured = capsys.readouterr()
+    assert "continues an interrupted run: 1 pieces of it" in captured.err
+    assert "1 × 64 tokens" in captured.out
+    whole = json.loads((tmp_path / "kernels.json").read_text(encoding="utf-8"))
+    assert "shapes_left" not in whole
+    assert whole["runs"][:2] == partial["runs"]
+    assert [run["ms"] for run in whole["runs"]] == [4.0, 2.0, 9.0, 3.0]
+    assert [run["ratio_to_sdpa_default"] for run in whole["runs"]] == [1.0, 2.0, 1.0, 3.0]
+
+
+@pytest.mark.usefixtures("on_cpu")
+def test_another_setting_does_not_continue_what_one_began(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ["kernels", "--providers", "none", "--output", str(tmp_path)]
+    monkeypatch.setattr(kernel_timing, "CudaMeter", Interrupted)
+    assert main([*command, "--config", "paper"]) == 130
+    monkeypatch.setattr(kernel_timing, "CudaMeter", lambda: InventedMeter(7.0, 7.0, 7.0))
+    assert main([*command, "--config", "accurate"]) == 0
+    runs = json.loads((tmp_path / "kernels.json").read_text(encoding="utf-8"))["runs"]
+    assert runs[0]["ms"] == 7.0
+
+
+@pytest.mark.usefixtures("on_cpu")
+def test_a_gpu_that_stops_working_ends_the_run_and_that_shape_is_measured_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    fault = RuntimeError("CUDA error: an illegal memory access was encountered")
+    monkeypatch.setattr(InventedMeter, "works", lambda _: False)
+    monkeypatch.setattr(kernels, "dma_providers", lambda _: [failing("DMA", fault)])
+    assert main(["kernels", "--providers", "none", "--output", str(tmp_path)]) == 1
+    assert capsys.readouterr().err == (
+        "dma-eval: kernels: the GPU stopped working: CUDA error: an illegal memory access was encountered;"
+        " the same command continues here\n"
+    )
+    written = json.loads((tmp_path / "kernels.json").read_text(encoding="utf-8"))
+    validate(written, "kernels")
+    assert written["shapes_left"] == 2
+    assert not list(tmp_path.glob(".kernels*/*"))
 
 
 MISTAKES = [
     ("--suite speed", "argument --suite: invalid choice: 'speed'"),
     ("--config low=mxfp3", "--config 'low=mxfp3': low='mxfp3' is not a format"),
     ("--suite fusion --config low=none,high=none", "--config 'low=none,high=none': quantises nothing"),
-    ("--suite tiles --lengths 64", "--lengths: the suite 'tiles' has no series over lengths"),
+    ("--suite tiles --lengths 64", "--lengths: of the suite 'attention', not of 'tiles'"),
+    ("--suite masks --head-dim 64", "--head-dim: of the suite 'attention', not of 'masks'"),
+    ("--suite masks --providers none", "--providers: of the suite 'attention', not of 'masks'"),
+    ("--suite fusion --bidirectional", "--bidirectional: of the suite 'attention', not of 'fusion'"),
     ("--lengths short", "must be a whole number of at least 1, got 'short'"),
+    ("--lengths x4096", "must be a whole number of at least 1, got ''"),
+    ("--head-dim 0", "must be a whole number of at least 1, got '0'"),
+    ("--providers xformers", "must be of flash, cudnn, flex, sage, or none, got 'xformers'"),
     pytest.param(
         "",
         "kernels: needs a CUDA device",
@@ -424,6 +543,11 @@ def test_mistakes_are_one_line(arguments: str, complaint: str, capsys: Capture) 
     assert complaint in captured.err
 
 
+def test_a_length_may_come_with_its_batch() -> None:
+    assert sizes("4x4096,16384,16384,8x64") == [(4, 4096), (1, 16_384), (8, 64)]
+    assert head_dims("128,64,128") == [128, 64]  # in the order in which they are measured
+
+
 def test_help_teaches(capsys: Capture) -> None:
     with pytest.raises(SystemExit):
         main(["kernels", "--help"])
@@ -433,7 +557,7 @@ def test_help_teaches(capsys: Capture) -> None:
 
 def test_an_unknown_format_is_found_before_anything_runs() -> None:
     with pytest.raises(UsageError, match="low='mxfp3' is not a format"):
-        plan_suite("attention", ["low=mxfp3"])
+        plan_attention([SHAPE], ["low=mxfp3"])
 
 
 # ---- what is shown
@@ -483,11 +607,15 @@ def test_a_series_is_the_first_shape_of_each_length() -> None:
 # ---- on a GPU
 
 
+def every_provider(configs: list[str]) -> list[Provider]:
+    return [SDPA, *OTHERS.values(), *dma_providers(configs)]
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("text", ["paper", "low=mxfp4,high=none"])
 def test_every_provider_on_the_gpu(text: str) -> None:
     shape = Shape(1, 8, 2, 1024, 64)
-    runs = compare_attention([shape], attention_providers([text]), kernel_timing.CudaMeter(), ignore)
+    runs = compare_attention(shape, every_provider([text]), kernel_timing.CudaMeter(), ignore)
     by_name = {(run["provider"], run["op"]): run for run in runs}
     for name in ("SDPA", "SDPA flash", "FlexAttention"):
         assert by_name[name, "attention"]["rel_error"] < 1e-2

@@ -211,6 +211,12 @@ def test_a_setting_that_the_hardware_decides_is_named(tmp_path: Path) -> None:
     assert "The hardware decides what low=int8,high=none means" in text
 
 
+def test_an_interrupted_benchmark_is_named(tmp_path: Path) -> None:
+    kernels = {**report_cases.kernels(), "shapes_left": 3}
+    text = said(tmp_path, "perplexity", kernels=kernels)
+    assert "kernels.json is unfinished: 3 shapes are missing." in text
+
+
 def test_an_older_file_without_a_new_field_has_the_same_setting(tmp_path: Path) -> None:
     kernels = report_cases.kernels()
     for run in kernels["runs"]:
