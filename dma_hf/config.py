@@ -6,11 +6,11 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from .formats import NONE, canonical_name
+from .memo import memoized
 
 ScaleRule = Literal["floor", "ceil"]
 PVFormat = Literal["none", "fp8", "auto"]
@@ -228,7 +228,7 @@ def _frozen_layers(layers: Any) -> tuple[tuple[int, Overrides], ...]:
     return tuple(sorted(frozen))
 
 
-@lru_cache(maxsize=4096)
+@memoized
 def _of_layer(config: DMAConfig, index: int | None) -> DMAConfig:
     # validated once, not once a layer and step
     overrides = dict(_frozen_layers(config.layers)).get(-1 if index is None else index, ())

@@ -6,7 +6,6 @@ import functools
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import lru_cache
 from typing import Any, TypeVar
 
 import torch
@@ -21,6 +20,7 @@ from .config import DMAConfig
 from .formats import NONE
 from .mask_functions import Pattern, read_mask_function
 from .masks import has_holes, padding_ranges, query_ranges
+from .memo import memoized
 from .modifiers import Modifiers
 from .policy import is_decode_step, warn_fallback, why_sdpa
 from .ranges_mask import RangesMask, dense_mask
@@ -80,7 +80,7 @@ def _hashable(fields: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
     )
 
 
-@lru_cache(maxsize=64)
+@memoized
 def _parsed(fields: tuple[tuple[str, Any], ...]) -> DMAConfig:
     # validated once, not once a layer and step
     return DMAConfig.from_dict(dict(fields))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from functools import lru_cache
 from typing import Literal
 
 import torch
@@ -11,6 +10,7 @@ import triton
 
 from .config import DMAConfig
 from .formats import NONE, get_format
+from .memo import memoized
 
 # A decode step reads the unquantised cache once. Quantising it first would read it once as well and then
 # write and read it again, so there is nothing to save: SDPA already runs at the card's copy rate.
@@ -74,11 +74,20 @@ class DMAFallbackWarning(UserWarning):
     """
 
 
+_warned: set[str] = set()
+
+
 @torch.compiler.assume_constant_result
-@lru_cache(maxsize=1024)
 def warn_fallback(message: str) -> None:
     """Warn of a fallback, once for each message."""
-    warnings.warn(message, DMAFallbackWarning, stacklevel=4)
+    if message not in _warned:
+        _warned.add(message)
+        warnings.warn(message, DMAFallbackWarning, stacklevel=4)
+
+
+def forget_warnings() -> None:
+    """Let `warn_fallback` say everything once more."""
+    _warned.clear()
 
 
 def why_sdpa(head_dim: int, value_dim: int, device: torch.device, dropout: float, paged: bool) -> str | None:
@@ -145,7 +154,7 @@ def interpreting() -> bool:
 
 
 @torch.compiler.assume_constant_result
-@lru_cache(maxsize=16)
+@memoized
 def device_capability(device: torch.device) -> int:
     """Compute capability as one number: 90 for sm_90. The interpreter acts as sm_90."""
     if device.type != "cuda":
@@ -159,7 +168,7 @@ RUN_ON = (90,)
 
 
 @torch.compiler.assume_constant_result
-@lru_cache(maxsize=16)
+@memoized
 def _announce_untested(capability: int) -> None:
     if capability not in RUN_ON:
         warnings.warn(

@@ -8,10 +8,10 @@ run: the choice there follows from what the tensor cores multiply.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import lru_cache
 
 from .config import AUTO, DMAConfig
 from .formats import NONE
+from .memo import memoized
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ AUTO_FORMATS = (
 CPU = 90
 
 
-@lru_cache(maxsize=1024)
+@memoized
 def resolve(config: DMAConfig, capability: int | None) -> DMAConfig:
     """`config` with formats in the place of "auto".
 

@@ -32,6 +32,11 @@ PATCHES_PER_SIDE = 6
 PATCHES: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1]},  # by default no layer of this hybrid is one of attention
     "deepseek_v2": {"num_experts_per_tok": 2},  # None by default, which its router does not take
+    "diffusion_gemma_text": {
+        "num_experts": 4,
+        "top_k_experts": 2,
+        "moe_intermediate_size": WIDTH,
+    },  # the same
     "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1},  # the same
     "dbrx": {"attn_config": {"rope_theta": 1e4, "clip_qkv": 8}},  # a field that its class does not declare
     "emu3": {"vocabulary_map": {"<image>": 100, "<|extra_200|>": 101}},  # part of the checkpoint
@@ -55,6 +60,13 @@ PATCHES: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"num_hidden_layers": 2, "layer_types": ["conv", "full_attention"]},  # None by default
     "longcat_flash": {"head_dim": HEAD_DIM // 2},  # here the name of the rotary part of a head
     "mamba2": {"num_heads": 8},  # 8 heads of 16 are twice the width
+    "sam3_lite_text_text_model": {"num_hidden_layers": 3},  # its first and last layers have no attention
+    "zamba": {  # it shares a layer of attention, so that it needs two; of twice the width
+        "num_hidden_layers": 4,
+        "layers_block_type": ["mamba", "hybrid"] * 2,
+        "attention_hidden_size": 2 * WIDTH,
+        "attention_head_dim": 2 * HEAD_DIM,
+    },
     "qwen4_exp_text": {  # None by default, which its sparse attention does not take
         "indexer_n_heads": 2,
         "indexer_kv_heads": 1,
@@ -138,6 +150,7 @@ RULES: tuple[Rule, ...] = (
     ),
     ("images", r"(\w*_)?(image|img|crop|input|pretrain_image)_size", _image_size),
     ("widths", r"\w*rank", _at_most(HEAD_DIM)),
+    ("widths", r"base_channels|upsample_groups", _at_most(WIDTH)),
     (
         "widths",
         r"\w*(kernel|patch|group|window|chunk|block|batch|stride|pool|type)\w*_(size|dim)",
@@ -155,6 +168,15 @@ RULES: tuple[Rule, ...] = (
 DERIVED = {"head_dim": HEAD_DIM, "num_key_value_heads": HEADS, "image_token_index": VOCABULARY - 20}
 """What most models derive, or find in a checkpoint, where it is None by default."""
 
+_LIKELY_VALUES: tuple[tuple[str, Any], ...] = (
+    (r"\w*(dropout|_rate)\w*", 0.0),
+    (r"initializer_range", 0.02),
+    (r"\w*heads", HEADS),
+    (r"\w*layers", 2),
+    (r"\w*(size|dim)", WIDTH),
+    (r"\w*_token_id", 0),
+)
+
 GROUPS = (*dict.fromkeys(rule[0] for rule in RULES), "stages", "rope")
 """What `tiny_config` can leave out."""
 _COMPILED = [(group, re.compile(pattern), new) for group, pattern, new in RULES]
@@ -170,6 +192,25 @@ def tiny_config(config: PretrainedConfig, relaxed: Sequence[str] = ()) -> Pretra
         relaxed: groups of rules (of `GROUPS`) to leave out.
     """
     return _shrink(config, frozenset(relaxed), {})
+
+
+def likely_value(name: str) -> Any:
+    """What a field of this name may be, where a config class does not say; None where nobody can tell."""
+    return next((value for pattern, value in _LIKELY_VALUES if re.fullmatch(pattern, name)), None)
+
+
+def add_fields(config: PretrainedConfig, fields: Mapping[tuple[str, str], Any]) -> None:
+    """Sets fields of a config and of those inside it.
+
+    Args:
+        fields: values by (name of the config's class, name of the field).
+    """
+    for (class_name, name), value in fields.items():
+        if type(config).__name__ == class_name:
+            setattr(config, name, value)
+    for part in vars(config).values():
+        if isinstance(part, PretrainedConfig):
+            add_fields(part, fields)
 
 
 def _shrink(

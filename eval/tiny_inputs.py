@@ -41,10 +41,22 @@ MODALITIES = (
 TIME_SERIES = ("past_time_features", "past_observed_mask", "future_values", "future_time_features")
 TYPES = ("token_type_ids", "mm_token_type_ids")
 """1 for image tokens."""
-SIZES = ("grid_hw", "grid_hws", "image_sizes", "spatial_shapes", "tgt_sizes")
+SIZES = ("grid_hw", "grid_hws", "image_sizes", "spatial_shapes", "target_sizes", "tgt_sizes")
 RETRY = "the same again"
 """In a set of arguments: the set was tried before, and other values are made for it now."""
 CACHE_TROUBLE = "[Cc]ache|get_seq_length|num_hidden_layers"
+RESIZED = re.compile(r"(?P<name>\w+) with (?P<size>\d+) in the place of (?P<was>\d+)")
+"""In a set of arguments: one of them, with a dimension of another size."""
+_WANTED_SIZES = (
+    r"cannot be multiplied \(\d+x(?P<got>\d+) and (?P<wanted>\d+)x\d+\)",
+    r"size of tensor a \((?P<got>\d+)\) must match the size of tensor b \((?P<wanted>\d+)\)",
+    r"size of tensor a \((?P<wanted>\d+)\) must match the size of tensor b \((?P<got>\d+)\)",
+    r"to have (?P<wanted>\d+) channels, but got (?P<got>\d+) channels",
+    r"normalized_shape=\[(?P<wanted>\d+)\].* of size ?\[[\d, ]*?(?P<got>\d+)\]",
+    r"(?P<got>\d+) is not a multiple of (?P<step>\d+)",
+    r"multiple of [^(]*\((?P<step>\d+)\), but got (?P<got>\d+)",
+)
+"""How errors name the size that a dimension has and the one that it should have."""
 IMAGE_FEATURES = re.compile(r"features:? *(\d+)")
 """How Transformers says how many image tokens it wants."""
 
@@ -119,7 +131,12 @@ class Inputs:
                 self.placeholders = features
                 yield (*names, RETRY)
             return
+        no_tokens = re.search("argument 'indices'.*NoneType", str(error))  # of an embedding
+        if no_tokens and "input_ids" in self.parameters and "input_ids" not in names:
+            yield ("input_ids", *names)
         named = set(re.findall(r"[a-z][a-z_0-9]+", str(error).lower())) & set(self.parameters) - set(names)
+        if re.search("(exactly|specify) (one|1) of|either", str(error), re.IGNORECASE):
+            yield from ((*names, name) for name in sorted(named))
         if named:
             yield (*names, *sorted(named))
         can_skip_cache = "use_cache" in self.parameters and "use_cache" not in names
@@ -140,14 +157,23 @@ class Inputs:
             for name in self.parameters:
                 if name not in names and re.search(r"mask|grid|shape|len|size|_ids|features|hidden", name):
                     yield (*names, name)
+        if not any(RESIZED.fullmatch(name) for name in names):
+            for size, was in wanted_sizes(str(error)):
+                yield from ((*names, f"{n} with {size} in the place of {was}") for n in names if n != RETRY)
 
     def _has_decoder(self) -> bool:
         return bool(getattr(self.config, "is_encoder_decoder", False))
 
     def values_of(self, names: Sequence[str]) -> Iterator[dict[str, Any]]:
         """Values for these arguments, the likeliest first."""
-        names = [name for name in names if name != RETRY]
+        changes = [change for name in names if (change := RESIZED.fullmatch(name))]
+        names = [name for name in names if name in self.parameters]
         alternatives = [self.alternatives(name) for name in names]
+        for change in changes:
+            index = names.index(change["name"])
+            sizes = int(change["was"]), int(change["size"])
+            resized = (with_size(value, *sizes) for value in alternatives[index])
+            alternatives[index] = [value for value in resized if value is not None]
         for values in itertools.islice(itertools.product(*alternatives), 40):
             yield dict(zip(names, values, strict=True))
 
@@ -172,12 +198,14 @@ class Inputs:
             "decoder_input_ids": lambda: self.tokens(TARGET_LENGTH),
             "attention_mask": lambda: torch.ones(BATCH, LENGTH, dtype=torch.long),
             "inputs_embeds": lambda: self.normal(BATCH, LENGTH, width),
-            "bbox": lambda: torch.tensor([1, 2, 5, 6]).expand(BATCH, LENGTH, 4).contiguous(),
             "return_loss": lambda: False,
             "use_cache": lambda: False,
         }
         if name in simple:
             return [simple[name]()]
+        if name == "bbox":
+            boxes = torch.tensor([1, 2, 5, 6]).expand(BATCH, LENGTH, 4).contiguous()
+            return [boxes, boxes / 10]
         if name in TYPES:
             types = torch.zeros(BATCH, LENGTH + self.placeholders, dtype=torch.long)
             types[:, IMAGE_START : IMAGE_START + self.placeholders] = 1
@@ -186,6 +214,14 @@ class Inputs:
             return self._time_series(name)
         if name.startswith("num_"):
             return [LENGTH // 2]
+        if re.search(r"_(lens|lengths)$", name):
+            return [torch.full((BATCH,), AUDIO_FRAMES)]
+        if name == "pixel_position_ids":
+            patches = torch.arange(PATCHES_PER_SIDE**2)
+            positions = torch.stack((patches % PATCHES_PER_SIDE, patches // PATCHES_PER_SIDE), dim=-1)
+            return [positions.expand(BATCH, -1, -1).contiguous()]
+        if name == "merge_sizes":
+            return [torch.full((BATCH,), 2)]
         if "grid_thw" in name or name in SIZES:
             side = PATCHES_PER_SIDE
             three = torch.tensor([[1, side, side]] * BATCH)
@@ -202,7 +238,8 @@ class Inputs:
         if name in ("input_features", "audio_features", "input_values", "audio_values", "spectrogram"):
             return self._audio(name)
         if "mask" in name:
-            return [torch.ones(BATCH, LENGTH, dtype=torch.long)]
+            mask = torch.ones(BATCH, LENGTH, dtype=torch.long)
+            return [mask, mask[..., None]] if "image" in name else [mask]
         if "hidden_states" in name or "embeds" in name or "embed" in name or "features" in name:
             return [self.normal(BATCH, LENGTH, width)]
         if name.startswith("past_") or name in ("future_values", "inputs"):
@@ -266,8 +303,11 @@ class Inputs:
         length = self.field("max_length")
         if isinstance(length, int) and length > 20:
             lengths.insert(0, length)
-        shapes = [s for n in lengths for s in ((BATCH, bins, n), (BATCH, n, bins), (BATCH, 1, n, bins))]
+        shapes: list[tuple[int, ...]] = [
+            s for n in lengths for s in ((BATCH, bins, n), (BATCH, n, bins), (BATCH, 1, n, bins))
+        ]
         waves: list[tuple[int, ...]] = [(BATCH, AUDIO_SAMPLES), (BATCH, 1, AUDIO_SAMPLES)]
+        shapes.append((bins, BATCH * AUDIO_FRAMES))
         order = [*waves, *shapes] if "values" in name else [*shapes, *waves]
         return [self.normal(*shape) for shape in order]
 
@@ -291,3 +331,31 @@ class Inputs:
             self.normal(BATCH, context, channels),
             self.normal(BATCH, length, self.field("num_time_features", default=1) or 1),
         ]
+
+
+def wanted_sizes(message: str) -> list[tuple[int, int]]:
+    """Sizes that an error asks for, each with the size that it found instead."""
+    found = (match for pattern in _WANTED_SIZES for match in re.finditer(pattern, message))
+    return list(dict.fromkeys(_wanted(**match.groupdict()) for match in found))
+
+
+def _wanted(got: str, wanted: str = "", step: str = "") -> tuple[int, int]:
+    if step:
+        return -(-int(got) // int(step)) * int(step), int(got)
+    return int(wanted), int(got)
+
+
+def with_size(value: Any, was: int, size: int) -> Tensor | None:
+    """`value` with `size` in the place of the last dimension that has a size of `was`, or a part of it.
+
+    A part: what a convolution and a flattening have made `was` numbers of, and would make `size` of, if
+    the dimension were longer in that proportion. None where no dimension fits.
+    """
+    if not isinstance(value, Tensor):
+        return None
+    for dimension in reversed(range(1, value.ndim)):
+        old = value.shape[dimension]
+        if old > 1 and was % old == 0 and size * old % was == 0:
+            index = torch.arange(size * old // was) % old
+            return value.index_select(dimension, index)
+    return None

@@ -25,17 +25,17 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from .tiny_configs import GROUPS, PATCHES, WINDOW, tiny_config
+from .tiny_configs import GROUPS, PATCHES, WINDOW, add_fields, likely_value, tiny_config
 from .tiny_inputs import RETRY, Inputs
 
-SEARCH_SECONDS = 10.0
+SEARCH_SECONDS = 15.0
 """How long to look for a config and inputs, in seconds of CPU time: a busy machine finds the same."""
 IMAGE_SECONDS = 2.0
 """How long to look for an image beside a text that runs."""
 MAX_ARGUMENT_SETS = 60
 LIKELY_INPUTS, ALL_INPUTS = 10, 1000
 """How many inputs are tried with a config, in the first round and in the second."""
-MAX_PARAMETERS = 150_000_000
+MAX_PARAMETERS = 300_000_000
 """Larger models are not built: the rules did not shrink them."""
 
 
@@ -104,13 +104,17 @@ def tiny_model(model_type: str, attention: str | None = "sdpa") -> TinyModel:
         raise CannotBuildError("no class of Transformers takes this config alone")
     first: Exception | None = None
     asked: dict[str, Any] = {}
+    missing: dict[tuple[str, str], Any] = {}
     deadline = time.process_time() + SEARCH_SECONDS
     # the likely inputs with every config come first, then every input with every config
     for attempts, most_classes in ((LIKELY_INPUTS, 2), (ALL_INPUTS, 4)):
         tried: list[str] = []
-        for relaxed in relaxations():
+        configs = list(relaxations())
+        while configs:
+            relaxed = configs.pop(0)
             try:
                 config = tiny_config(_default_config(config_class, {**patch, **asked}), relaxed)
+                add_fields(config, missing)
             except Exception as error:
                 first = first or error
                 continue
@@ -125,6 +129,10 @@ def tiny_model(model_type: str, attention: str | None = "sdpa") -> TinyModel:
                 except Exception as error:
                     first = first or error
                     asked |= _fields_asked_for(config, error)
+                    if (field := _missing_field(error)) is not None and field not in missing:
+                        missing[field] = likely_value(field[1])
+                        configs.insert(0, relaxed)
+                        break
     assert first is not None
     raise CannotBuildError(f"{type(first).__name__}: {first}") from first
 
@@ -140,6 +148,12 @@ def _fields_asked_for(config: PretrainedConfig, error: Exception) -> dict[str, i
     """Fields without a default that an error message names in quotes, with a small number for each."""
     names = set(re.findall(r"[`'\"](\w+)[`'\"]", str(error)))
     return {name: WINDOW for name in names if getattr(config, name, 0) is None}
+
+
+def _missing_field(error: Exception) -> tuple[str, str] | None:
+    """The config class that lacks a field its model reads, and the field: it is part of the checkpoints."""
+    names = re.search(r"'(\w+Config)' object has no attribute '(\w+)'", str(error))
+    return None if names is None else (names[1], names[2])
 
 
 def _runnable(
@@ -192,9 +206,9 @@ def _inputs_that_run(
                         tried.add(guess)
                         queue.append(guess)
                 continue
-            if any(bool(tensor.isfinite().all()) for _, tensor in tensors(outputs)):
+            if any(bool(tensor.isfinite().all() and tensor.any()) for _, tensor in tensors(outputs)):
                 return inputs
-            first = first or CannotBuildError("its outputs are not finite")
+            first = first or CannotBuildError("its outputs are zero or not finite")
     raise first or CannotBuildError("no inputs for its forward")
 
 

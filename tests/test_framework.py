@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import warnings
+from dataclasses import replace
 
 import pytest
 import torch
 import transformers
 from packaging.version import Version
+from tiny_decoders import llama, mistral
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     GenerationConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
     LlavaConfig,
     LlavaForConditionalGeneration,
-    MistralConfig,
-    MistralForCausalLM,
     PreTrainedModel,
     StaticCache,
 )
@@ -49,14 +47,6 @@ def assert_close(actual: Tensor, expected: Tensor) -> None:
 # --- torch.compile -----------------------------------------------------------------------------------------
 
 
-def llama(tiny_model: Callable[..., PreTrainedModel]) -> PreTrainedModel:
-    return tiny_model(LlamaConfig, LlamaForCausalLM, "sdpa", num_hidden_layers=1)
-
-
-def mistral(tiny_model: Callable[..., PreTrainedModel]) -> PreTrainedModel:
-    return tiny_model(MistralConfig, MistralForCausalLM, "sdpa", num_hidden_layers=1, sliding_window=12)
-
-
 @pytest.mark.parametrize("build", [llama, mistral])
 @pytest.mark.parametrize(
     "inputs", [{}, {"attention_mask": PADDED}, {"position_ids": PACKED}], ids=["plain", "padded", "packed"]
@@ -71,6 +61,26 @@ def test_a_forward_pass_compiles_without_graph_breaks(tiny_model, tokens, build,
         expected = model(ids, use_cache=False, **inputs).logits
     real = PADDED.bool() if "attention_mask" in inputs else torch.ones_like(PADDED).bool()
     assert_close(actual[real], expected[real])
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        ON_TRITON,
+        DMAConfig(low="auto", high="auto", backend="triton"),
+        replace(ON_TRITON, layers={1: {"low": "mxfp4"}}),
+    ],
+    ids=["formats", "auto", "by layer"],
+)
+def test_the_compiler_has_nothing_to_warn_of(tiny_llama, tokens, config):
+    """Dynamo warns of every `lru_cache` it meets, but only once in a process."""
+    torch.compiler.reset()
+    torch._dynamo.utils.warn_once_cache.clear()
+    compiled = torch.compile(as_dma(tiny_llama, config), fullgraph=True, backend="eager")
+    with torch.no_grad(), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        compiled(tokens(2, LENGTH), use_cache=False)
+    assert not [message for warning in caught if "Dynamo" in (message := str(warning.message))]
 
 
 @pytest.mark.parametrize("build", [llama, mistral])

@@ -8,26 +8,19 @@ from __future__ import annotations
 
 import copy
 import importlib.util
-from collections.abc import Callable
 
 import pytest
 import torch
+from tiny_decoders import Build, gemma2, gemma3, gpt_oss, llama, mistral
 from torch import Tensor
 from transformers import (
     BartConfig,
     BartForConditionalGeneration,
-    Gemma2Config,
-    Gemma2ForCausalLM,
     Gemma3Config,
-    Gemma3ForCausalLM,
     Gemma3ForConditionalGeneration,
     Gemma3TextConfig,
-    GptOssConfig,
-    GptOssForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
     PreTrainedModel,
     SiglipVisionConfig,
     T5Config,
@@ -45,45 +38,6 @@ NEW = 8
 """Tokens generated."""
 LENGTH = 40
 """Tokens of a prompt."""
-
-Build = Callable[[Callable[..., PreTrainedModel]], PreTrainedModel]
-
-
-def llama(tiny_model):
-    return tiny_model(LlamaConfig, LlamaForCausalLM, "sdpa")
-
-
-def mistral(tiny_model):
-    """Every layer has a window, shorter than the prompt."""
-    return tiny_model(MistralConfig, MistralForCausalLM, "sdpa", sliding_window=12)
-
-
-def gemma3(tiny_model):
-    """One layer with a window, one without."""
-    return tiny_model(
-        Gemma3TextConfig, Gemma3ForCausalLM, "sdpa", sliding_window=12, query_pre_attn_scalar=16,
-        layer_types=["sliding_attention", "full_attention"],
-    )  # fmt: skip
-
-
-def gemma2(tiny_model):
-    """Soft-capped scores, which SDPA does not have: compared with eager."""
-    return tiny_model(
-        Gemma2Config, Gemma2ForCausalLM, "eager", attn_logit_softcapping=2.0, sliding_window=12,
-        query_pre_attn_scalar=16,
-    )  # fmt: skip
-
-
-def gpt_oss(tiny_model):
-    """Learned sinks, which SDPA does not have: compared with eager."""
-    model = tiny_model(
-        GptOssConfig, GptOssForCausalLM, "eager", num_local_experts=2, num_experts_per_tok=1,
-        sliding_window=12, rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
-    )  # fmt: skip
-    for layer in model.model.layers:
-        torch.nn.init.normal_(layer.self_attn.sinks, std=2.0)
-    return model
-
 
 DECODERS: tuple[Build, ...] = (llama, mistral, gemma3, gemma2, gpt_oss)
 each_decoder = pytest.mark.parametrize("build", DECODERS)

@@ -8,6 +8,7 @@ import warnings
 
 import pytest
 import torch
+from tiny_decoders import gemma2, gpt_oss
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import (
@@ -15,10 +16,6 @@ from transformers import (
     BertConfig,
     BertModel,
     DynamicCache,
-    Gemma2Config,
-    Gemma2ForCausalLM,
-    GptOssConfig,
-    GptOssForCausalLM,
     MistralConfig,
     MistralForCausalLM,
     Qwen2Config,
@@ -31,7 +28,7 @@ from transformers.masking_utils import sdpa_mask
 
 import dma_hf.plugin
 from dma_hf import DMAConfig, DMAFallbackWarning, configure, diagonal_tiled_attention
-from dma_hf.policy import MAX_DECODE_QUERIES, warn_fallback
+from dma_hf.policy import MAX_DECODE_QUERIES, forget_warnings
 
 EXACT = DMAConfig(low="none", high="none")
 SMALL_TILES = DMAConfig(low="mxfp4", tile=16, diagonal=16, sink=16)
@@ -414,25 +411,6 @@ def test_a_decoder_made_an_encoder(tiny_llama, tokens, mask, calls):
 # --- what SDPA does not have: soft-capping and sinks --------------------------------------------------------
 
 
-def gemma2(tiny_model):
-    """Soft-capped scores, and every other layer with a window."""
-    return tiny_model(
-        Gemma2Config, Gemma2ForCausalLM, "eager", attn_logit_softcapping=2.0, sliding_window=8,
-        query_pre_attn_scalar=16,
-    )  # fmt: skip
-
-
-def gpt_oss(tiny_model):
-    """A learned sink for each head, and every other layer with a window."""
-    model = tiny_model(
-        GptOssConfig, GptOssForCausalLM, "eager", num_local_experts=2, num_experts_per_tok=1,
-        sliding_window=8, rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
-    )  # fmt: skip
-    for layer in model.model.layers:
-        torch.nn.init.normal_(layer.self_attn.sinks, std=2.0)
-    return model
-
-
 each_model_without_sdpa = pytest.mark.parametrize("build", [gemma2, gpt_oss])
 
 
@@ -573,7 +551,7 @@ def test_cross_attention_is_all_high_precision(tiny_llama):
 @pytest.fixture
 def warn_again() -> None:
     """Each reason warns once a process: forget what was warned of."""
-    warn_fallback.cache_clear()
+    forget_warnings()
 
 
 @pytest.mark.parametrize(

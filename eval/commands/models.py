@@ -14,13 +14,17 @@ float32, and compares attn_implementation="dma" with "sdpa" on it: all outputs, 
 side, and the tokens of a short generate(). DMA runs with low=none,high=none, so that it must give what
 SDPA gives, to 1e-4. Where Transformers has no SDPA for a type, the comparison is with eager attention.
 
+Some outputs cannot judge: a detector that keeps the best of nearly equal proposals makes another choice of
+one rounding, and others hardly depend on attention. There each attention call gets the inputs that SDPA
+got ("in lockstep"), and every call, and the outputs, must be equal to 1e-5.
+
 How a type can end:
 
   kernel        most of its attention calls ran as DMA
   sdpa          most were handed to SDPA (or to eager attention, where there is no SDPA); the reason is shown
   no attention  it has none: a convolution, a state-space model, and so on
   refused       "dma" raises an error where SDPA runs
-  wrong         an output or a token is not SDPA's
+  wrong         an output or a token is not SDPA's, and neither is the attention in lockstep
   not built     no tiny model of it runs here, whatever the attention
 
 Needs no GPU and downloads nothing. Decode steps of up to 16 queries are SDPA's by policy and are not

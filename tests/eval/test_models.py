@@ -15,7 +15,16 @@ from dma_hf_eval import models
 from dma_hf_eval.cli import main
 from dma_hf_eval.isolated import Lost, run_isolated
 from dma_hf_eval.journal import Journal
-from dma_hf_eval.models import SAMPLE, TOLERANCE, check, counts, largest_difference, sweep
+from dma_hf_eval.models import (
+    LOCKSTEP_TOLERANCE,
+    SAMPLE,
+    TELLING_EFFECT,
+    TOLERANCE,
+    check,
+    counts,
+    largest_difference,
+    sweep,
+)
 from schema_check import validate
 from torch import Tensor
 
@@ -63,6 +72,28 @@ def test_an_error_of_one_percent_is_noticed(monkeypatch: pytest.MonkeyPatch) -> 
     assert entry["outcome"] == "wrong"
     assert entry["max_error"] > TOLERANCE
     assert entry["why"].startswith("an output differs by ")
+
+
+def test_outputs_that_amplify_rounding_are_judged_in_lockstep(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(models, "TOLERANCE", 1e-9)  # as if Llama made this much of one rounding
+    entry = check("llama")
+    assert entry["outcome"] == "kernel"
+    assert 1e-9 < entry["max_error"] <= TOLERANCE
+    assert 0 < entry["lockstep_error"] <= LOCKSTEP_TOLERANCE
+    assert entry["why"].startswith("an output differs by ")
+    assert "; in lockstep with SDPA, the attention by " in entry["why"]
+
+
+def test_outputs_that_hardly_depend_on_attention_are_judged_in_lockstep(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    attend = plugin.attend
+    monkeypatch.setattr(plugin, "attend", lambda *a, **named: attend(*a, **named) * 1.01)
+    entry = check("lw_detr_vit")
+    assert entry["max_error"] <= TOLERANCE, "the outputs notice nothing"
+    assert entry["effect"] < TELLING_EFFECT
+    assert entry["lockstep_error"] > LOCKSTEP_TOLERANCE
+    assert entry["outcome"] == "wrong"
 
 
 def test_an_error_that_dma_raises_is_a_refusal(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,8 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 from dma_hf_eval import tiny_models
-from dma_hf_eval.tiny_configs import HEAD_DIM, VOCABULARY, WIDTH, WINDOW, tiny_config
-from dma_hf_eval.tiny_inputs import BATCH, LENGTH
+from dma_hf_eval.tiny_configs import (
+    HEAD_DIM,
+    HEADS,
+    VOCABULARY,
+    WIDTH,
+    WINDOW,
+    add_fields,
+    likely_value,
+    tiny_config,
+)
+from dma_hf_eval.tiny_inputs import BATCH, LENGTH, wanted_sizes, with_size
 from dma_hf_eval.tiny_models import (
     CannotBuildError,
     build,
@@ -100,6 +109,48 @@ def test_an_image_stands_beside_its_text() -> None:
     assert torch.equal(images.long(), tiny.inputs["token_type_ids"])
     assert images.sum(1).tolist() == [tiny.config.mm_tokens_per_image] * BATCH
     assert tiny.inputs["pixel_values"].shape == (BATCH, 3, 96, 96)
+
+
+@pytest.mark.parametrize(
+    ("message", "wanted"),
+    [
+        ("mat1 and mat2 shapes cannot be multiplied (160x64 and 320x128)", [(320, 64)]),
+        ("size of tensor a (32) must match the size of tensor b (16)", [(16, 32), (32, 16)]),
+        ("expected input[2, 32, 9] to have 80 channels, but got 32 channels", [(80, 32)]),
+        ("Given normalized_shape=[64], expected [*, 64], but got input of size[2, 80, 512]", [(64, 512)]),
+        ("length 8000 is not a multiple of 1920", [(9600, 8000)]),
+        ("expects a length that is a multiple of `2 * window` (100), but got 64", [(100, 64)]),
+        ("index out of range", []),
+    ],
+)
+def test_an_error_says_which_size_is_wanted(message: str, wanted: list[tuple[int, int]]) -> None:
+    assert wanted_sizes(message) == wanted
+
+
+def test_an_input_gets_the_size_that_is_wanted() -> None:
+    value = torch.randn(2, 64, 80)
+    wider = with_size(value, 80, 128)
+    assert wider is not None
+    assert wider.shape == (2, 64, 128)
+    assert torch.equal(wider[..., :80], value)
+    half = with_size(value, 640, 320)  # eight numbers of a convolution for each
+    assert half is not None
+    assert half.shape == (2, 64, 40)
+    assert with_size(value, 7, 5) is None
+    assert with_size("no tensor", 80, 128) is None
+
+
+def test_fields_that_a_config_class_lacks_get_likely_values() -> None:
+    assert (likely_value("num_key_value_heads"), likely_value("dropout_rate")) == (HEADS, 0.0)
+    assert likely_value("anything_else") is None
+    config = LlavaConfig()
+    add_fields(config, {("LlamaConfig", "expert_size"): 7})
+    assert config.text_config.expert_size == 7
+    assert not hasattr(config, "expert_size")
+
+
+def test_a_field_that_only_checkpoints_have_is_found() -> None:
+    assert tiny_model("moonshine_streaming").config.num_key_value_heads == HEADS
 
 
 def test_gates_that_start_closed_are_opened() -> None:
