@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.jit._trace import is_tracing
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from .config import DMAConfig
 from .modifiers import Modifiers
@@ -31,6 +33,9 @@ def attention(
     Returns:
         [B, H, M, Dv], stored as [B, M, H, Dv], on every path.
     """
+    if _runs_at_once(query):
+        # what the op's dispatcher does costs more than the launches
+        return _run(query, key, value, causal, scale, config, modifiers, backend)
     # a custom op takes plain values only, so the setting travels as its fields
     out: Tensor = _attention_op(
         query, key, value, modifiers.query_ranges, modifiers.mask, modifiers.sinks, modifiers.softcap,
@@ -63,13 +68,38 @@ def _attention_op(
     backend: str,
 ) -> Tensor:
     config = _setting(low, high, diagonal, sink, tile, smooth_k, rotate, scale_rule, pv)
-    run = triton_attention if backend == "triton" else reference_attention
     modifiers = Modifiers(query_ranges, mask, softcap, sinks)
+    return _run(query, key, value, causal, scale, config, modifiers, backend)
+
+
+def _runs_at_once(query: Tensor) -> bool:
+    """Whether nobody records what is called: neither torch.compile nor a fake or another dispatch mode."""
+    return (
+        not torch.compiler.is_compiling()
+        and type(query) is Tensor
+        and _get_current_dispatch_mode() is None
+        and not is_tracing()
+    )
+
+
+def _run(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    causal: bool,
+    scale: float,
+    config: DMAConfig,
+    modifiers: Modifiers,
+    backend: str,
+) -> Tensor:
+    run = triton_attention if backend == "triton" else reference_attention
     # Triton launches on the current device, not on that of its arguments: a model may be spread over several
-    with torch.cuda.device(query.device) if query.is_cuda else nullcontext():
+    elsewhere = query.is_cuda and query.device.index != torch.cuda.current_device()
+    with torch.cuda.device(query.device) if elsewhere else nullcontext():
         out = run(query, key, value, causal=causal, scale=scale, config=config, modifiers=modifiers)
-    # without a query, every stride is contiguous and `contiguous` changes none
-    return out.transpose(1, 2).contiguous().transpose(1, 2) if out.numel() else _empty_out(query, value)
+    if not out.numel():  # without a query, every stride is contiguous and `contiguous` changes none
+        return _empty_out(query, value)
+    return out.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 @lru_cache(maxsize=1024)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -62,6 +62,17 @@ def hopper_serves(config: DMAConfig, query: Tensor, key: Tensor, value: Tensor, 
     if interpreting():
         return False
     return why_not_hopper(device_capability(query.device), config, query, key, value, causal) is None
+
+
+def plan_repair(query: Tensor, value: Tensor, config: DMAConfig) -> Plan:
+    """The plan for the portable kernel where it only repairs what another kernel left out.
+
+    Hardly ever does it do anything, so it is cheap to launch, for the host and for the GPU: no descriptors of
+    the copy engine, and programs that are small and few.
+    """
+    plan = plan_call(query, value, config)
+    blocks = Blocks(min(128, config.tile), 32, 32, 4, 1, 1)
+    return replace(plan, blocks=blocks, use_tma=False)
 
 
 def plan_call(

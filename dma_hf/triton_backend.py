@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import OrderedDict
+from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import Tensor
 
 from .config import DMAConfig
 from .kernels.attention import attend_quantized
 from .kernels.hopper import attend_hopper
-from .kernels.quantize import QuantizedKey, quantize_key
-from .kernels.quantize_value import QuantizedValue, quantize_value
+from .kernels.launching import Launches, Recorder, Recording
+from .kernels.quantize import QuantizedKey, quantize_key_value
+from .kernels.quantize_value import QuantizedValue
 from .masks import key_ranges_of
 from .modifiers import NO_MODIFIERS, Modifiers
-from .plan import Plan, hopper_serves, plan_call
+from .plan import Plan, hopper_serves, plan_call, plan_repair
+from .policy import interpreting
+
+MAX_RECORDINGS = 512
+"""Calls of different shapes or settings whose launches are remembered; the least recently used is dropped."""
+
+_recordings: OrderedDict[Any, Recording | None] = OrderedDict()
 
 
 def triton_attention(
@@ -41,10 +50,46 @@ def triton_attention(
             )
     if query.numel() == 0 or key.shape[2] == 0:
         return query.new_zeros(*query.shape[:3], value.shape[-1])
-    prepared = prepare(query, key, value, causal=causal, config=config, modifiers=modifiers)
-    return attend_prepared(
-        query, key, value, prepared, causal=causal, scale=scale, config=config, modifiers=modifiers
-    )
+    if interpreting() or modifiers.mask is not None:
+        # lists of a mask's tiles are made by PyTorch, between the launches
+        launches = Launches(query.device)
+        prepared = prepare(
+            query, key, value, causal=causal, config=config, modifiers=modifiers, launches=launches
+        )
+        return attend_prepared(
+            query, key, value, prepared, causal=causal, scale=scale, config=config, modifiers=modifiers,
+            launches=launches,
+        )  # fmt: skip
+
+    ranges = modifiers.query_ranges
+    key_ranges = None if ranges is None else key_ranges_of(ranges)
+    ranges = None if ranges is None else ranges.contiguous()
+    inputs = (query, key, value, key_ranges, ranges, modifiers.sinks)
+    call = (
+        causal, scale, config, modifiers.softcap, query.dtype, query.device,
+        *((t.shape, t.stride(), t.data_ptr() % 16) for t in inputs if t is not None),
+        ranges is None, None if modifiers.sinks is None else modifiers.sinks.dtype,
+    )  # fmt: skip
+    recording = _recordings.get(call)
+    if recording is not None:
+        _recordings.move_to_end(call)
+        return recording(inputs).transpose(1, 2)
+    recorder = Recorder(query.device, inputs)
+    modifiers = replace(modifiers, query_ranges=ranges)
+    prepared = prepare(
+        query, key, value, causal=causal, config=config, modifiers=modifiers, launches=recorder,
+        key_ranges=key_ranges,
+    )  # fmt: skip
+    out = attend_prepared(
+        query, key, value, prepared, causal=causal, scale=scale, config=config, modifiers=modifiers,
+        launches=recorder,
+    )  # fmt: skip
+    recorded = recorder.recording()
+    if recorded is not None:
+        _recordings[call] = recorded
+        if len(_recordings) > MAX_RECORDINGS:
+            _recordings.popitem(last=False)
+    return out
 
 
 @dataclass(frozen=True)
@@ -67,33 +112,38 @@ class Prepared:
 
 
 def prepare(
-    query: Tensor, key: Tensor, value: Tensor, *, causal: bool, config: DMAConfig, modifiers: Modifiers
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    causal: bool,
+    config: DMAConfig,
+    modifiers: Modifiers,
+    launches: Launches,
+    key_ranges: Tensor | None = None,
 ) -> Prepared:
-    """Quantise K, and V where the setting says so."""
-    ranges = modifiers.query_ranges
-    key_ranges = None if ranges is None else key_ranges_of(ranges)
+    """Quantise K, and V where the setting says so.
+
+    Args:
+        key_ranges: `masks.key_ranges_of` the query ranges, if the caller has them.
+    """
+    if key_ranges is None and modifiers.query_ranges is not None:
+        key_ranges = key_ranges_of(modifiers.query_ranges)
     on_hopper = modifiers.empty and hopper_serves(config, query, key, value, causal)
-    plan = plan_call(
-        query,
-        value,
-        config,
-        masked=modifiers.mask is not None,
-        fp8_value=config.pv == "fp8" and not on_hopper,
-    )
+    fp8_value = config.pv == "fp8"
+    if on_hopper:
+        plan = plan_repair(query, value, config)
+    else:
+        masked = modifiers.mask is not None
+        plan = plan_call(query, value, config, masked=masked, fp8_value=fp8_value)
+    quantized, quantized_value = quantize_key_value(
+        key, value if fp8_value else None, config, plan.low_kind, plan.high_kind, key_ranges,
+        smooth_value=modifiers.sinks is None,  # with sinks the weights of V do not sum to one
+        permuted=on_hopper, launches=launches,
+    )  # fmt: skip
     return Prepared(
-        plan,
-        quantize_key(key, config, plan.low_kind, plan.high_kind, key_ranges),
-        _values(value, key_ranges, modifiers, on_hopper) if config.pv == "fp8" else value,
-        key_ranges,
-        on_hopper,
+        plan, quantized, value if quantized_value is None else quantized_value, key_ranges, on_hopper
     )
-
-
-def _values(
-    value: Tensor, key_ranges: Tensor | None, modifiers: Modifiers, on_hopper: bool
-) -> QuantizedValue:
-    # with sinks the weights of V do not sum to one
-    return quantize_value(value, key_ranges, smooth=modifiers.sinks is None, permuted=on_hopper)
 
 
 def attend_prepared(
@@ -106,15 +156,17 @@ def attend_prepared(
     scale: float,
     config: DMAConfig,
     modifiers: Modifiers,
+    launches: Launches,
 ) -> Tensor:
     """Attention to what `prepare` made of `key` and `value`."""
     values, out = prepared.value, None
     if prepared.on_hopper:
-        assert isinstance(values, QuantizedValue)
-        out = attend_hopper(query, key, prepared.key, values, causal=causal, scale=scale, config=config)
+        out = attend_hopper(
+            query, key, prepared.key, values, causal=causal, scale=scale, config=config, launches=launches
+        )
         # what is left are heads whose K holds a NaN or Inf; with V as given, no less exact than in FP8
         values = value
     return attend_quantized(
         query, key, values, prepared.key, causal=causal, scale=scale, config=config, plan=prepared.plan,
-        modifiers=modifiers, key_ranges=prepared.key_ranges, repair=out,
+        modifiers=modifiers, key_ranges=prepared.key_ranges, repair=out, launches=launches,
     )  # fmt: skip

@@ -174,13 +174,18 @@ def key_quantizer(key: Tensor, config: DMAConfig) -> Call:
 
 def _parts(inputs: Inputs, config: DMAConfig) -> Operations:
     """What the Triton backend does, one call after the other: quantises K (and V for FP8 PV), and attends."""
+    from dma_hf.kernels.launching import Launches
     from dma_hf.modifiers import NO_MODIFIERS
     from dma_hf.triton_backend import attend_prepared, prepare
 
     query, key, value, causal = inputs.query, inputs.key, inputs.value, inputs.shape.causal
 
+    launches = Launches(query.device)
+
     def quantize() -> Any:
-        return prepare(query, key, value, causal=causal, config=config, modifiers=NO_MODIFIERS)
+        return prepare(
+            query, key, value, causal=causal, config=config, modifiers=NO_MODIFIERS, launches=launches
+        )
 
     yield "quantize", quantize
     prepared = quantize()
@@ -195,5 +200,6 @@ def _parts(inputs: Inputs, config: DMAConfig) -> Operations:
             scale=inputs.scale,
             config=config,
             modifiers=NO_MODIFIERS,
+            launches=launches,
         ),
     )

@@ -271,7 +271,7 @@ def no_launch(monkeypatch):
     def launched(*args: object, **kwargs: object) -> None:
         pytest.fail("a kernel was launched")
 
-    monkeypatch.setattr("dma_hf.triton_backend.quantize_key", launched)
+    monkeypatch.setattr("dma_hf.triton_backend.quantize_key_value", launched)
     monkeypatch.setattr("dma_hf.triton_backend.attend_quantized", launched)
 
 

@@ -23,6 +23,7 @@ from ..reference import FP8_PROBABILITY_SCALE
 from ..transforms import hadamard_size
 from .encoding import hadamard, is_finite
 from .interpreter import dot, multiply, narrow, to_e4m3
+from .launching import Launches
 from .loading import load_rows, load_transposed, token_range
 from .mask_tiles import visited_tiles
 from .nonfinite import spoiled_rows
@@ -469,6 +470,7 @@ def attend_quantized(
     modifiers: Modifiers = NO_MODIFIERS,
     key_ranges: Tensor | None = None,
     repair: Tensor | None = None,
+    launches: Launches | None = None,
 ) -> Tensor:
     """Attention of `query` [B, H, M, D] to a quantised K and to `value` [B, Hkv, N, Dv], quantised or not.
 
@@ -480,10 +482,12 @@ def attend_quantized(
         key_ranges: `masks.key_ranges_of` the query ranges, where there are any.
         repair: what another kernel computed, but for the heads in `quantized.bad_keys`: only they are
             computed, into this tensor.
+        launches: where to launch.
 
     Returns:
         [B, H, M, Dv], stored as [B, M, H, Dv], which is how Transformers wants it next.
     """
+    launches = Launches(query.device) if launches is None else launches
     blocks, use_tma, via_memory = plan.blocks, plan.use_tma, plan.via_memory
     batch, heads, query_length, head_dim = query.shape
     kv_heads, key_length = key.shape[1:3]
@@ -503,12 +507,12 @@ def attend_quantized(
 
     out = repair
     if out is None:
-        out = query.new_empty(batch, query_length, heads, value_dim).transpose(1, 2)
+        out = launches.output((batch, query_length, heads, value_dim), query.dtype).transpose(1, 2)
     # a program's own rows of the output are free until it writes them: no memory of its own is needed,
     # unless V's rows are shorter than K's
     scratch = out
     if via_memory and head_dim * 2 > value_dim * out.element_size():
-        scratch = query.new_empty(batch, query_length, heads, head_dim).transpose(1, 2)
+        scratch = launches.empty((batch, query_length, heads, head_dim), query.dtype).transpose(1, 2)
     low_key, low_tma = _source(key if low.elements is None else low.elements, columns, blocks.n, use_tma)
     high_key, high_tma = _source(
         key if high.elements is None else high.elements, columns, blocks.high_n, use_tma
@@ -556,9 +560,10 @@ def attend_quantized(
     key_rows = 0 if first_operand is None else first_operand.shape[2]
     # The second launch repairs heads whose K holds a NaN or Inf; where there is none, every program of it
     # returns at once.
-    launches = (False,) if repair is None else ()
-    for repairs in launches if quantized.bad_keys is None else (*launches, True):
-        _attention_kernel[(heads, batch, blocks_m)](
+    attend = (False,) if repair is None else ()
+    for repairs in attend if quantized.bad_keys is None else (*attend, True):
+        launches.launch(
+            _attention_kernel, (heads, batch, blocks_m),
             query, low_value, high_value, out, scratch, key_ranges, ranges, mask, *tiles, modifiers.sinks,
             value_scale, value_mean, quantized.mean, quantized.bad_keys, key,
             low_key, low_scales, low.scale, high_key, high_scales, high.scale,

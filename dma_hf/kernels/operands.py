@@ -26,6 +26,7 @@ from .interpreter import divide, round_e4m3, to_e4m3
 # power of two that leaves room for E2M1's largest number, 6 * 2^6 = 384 < 448.
 MXFP4_SHIFT = tl.constexpr(6)
 E4M3_SMALLEST = tl.constexpr(2.0**-9)
+E4M3_MAX = tl.constexpr(448.0)
 SMALLEST_SCALE = tl.constexpr(2.0**-126)
 
 
