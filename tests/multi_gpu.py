@@ -1,6 +1,6 @@
 """A model of real size on two GPUs gives what it gives on one: layers spread out, and tensor parallel.
 
-    python tests/multi_gpu.py --output eval/results/h200x2
+    python tests/multi_gpu.py --output eval/results/h200
 
 Builds a model of Llama-3.1-8B's shape with random weights, saves it once, and runs the same left-padded
 batch (i) on one GPU, (ii) with `device_map="auto"` under a memory limit that forces both GPUs, (iii) under

@@ -111,7 +111,7 @@ def test_the_built_in_times_know_every_format(source: str) -> None:
         assert attention_time(DMAConfig(low=format, high=format), 4096, times) == pytest.approx(
             times.formats[format]
         )
-    assert times.formats["mxfp4"] < times.formats["fp8"] < times.formats["none"] == 1
+    assert max(times.formats["mxfp4"], times.formats["fp8"]) < times.formats["none"] == 1
 
 
 # Settings
