@@ -17,12 +17,11 @@ from .kernels.quantize_value import QuantizedValue
 from .masks import key_ranges_of
 from .modifiers import NO_MODIFIERS, Modifiers
 from .plan import Plan, hopper_serves, plan_call, plan_repair
-from .policy import interpreting
 
 MAX_RECORDINGS = 512
 """Calls of different shapes or settings whose launches are remembered; the least recently used is dropped."""
 
-_recordings: OrderedDict[Any, Recording | None] = OrderedDict()
+_recordings: OrderedDict[Any, Recording] = OrderedDict()
 
 
 def triton_attention(
@@ -50,46 +49,67 @@ def triton_attention(
             )
     if query.numel() == 0 or key.shape[2] == 0:
         return query.new_zeros(*query.shape[:3], value.shape[-1])
-    if interpreting() or modifiers.mask is not None:
+    if modifiers.mask is not None:
         # lists of a mask's tiles are made by PyTorch, between the launches
+        key_ranges = None if modifiers.query_ranges is None else key_ranges_of(modifiers.query_ranges)
         launches = Launches(query.device)
-        prepared = prepare(
-            query, key, value, causal=causal, config=config, modifiers=modifiers, launches=launches
-        )
-        return attend_prepared(
-            query, key, value, prepared, causal=causal, scale=scale, config=config, modifiers=modifiers,
-            launches=launches,
-        )  # fmt: skip
+        return _launch(query, key, value, causal, scale, config, modifiers, key_ranges, launches)
+    return _launch_recorded(query, key, value, causal, scale, config, modifiers)
 
-    ranges = modifiers.query_ranges
-    key_ranges = None if ranges is None else key_ranges_of(ranges)
-    ranges = None if ranges is None else ranges.contiguous()
+
+def _launch_recorded(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    causal: bool,
+    scale: float,
+    config: DMAConfig,
+    modifiers: Modifiers,
+) -> Tensor:
+    """Repeats the launches of an earlier call of the same shapes and setting, or makes and remembers them."""
+    ranges, key_ranges = modifiers.query_ranges, None
+    if ranges is not None:
+        key_ranges, ranges = key_ranges_of(ranges), ranges.contiguous()
+        modifiers = replace(modifiers, query_ranges=ranges)
     inputs = (query, key, value, key_ranges, ranges, modifiers.sinks)
+    # all that a launch, or Triton's choice of a compiled kernel, depends on
     call = (
-        causal, scale, config, modifiers.softcap, query.dtype, query.device,
-        *((t.shape, t.stride(), t.data_ptr() % 16) for t in inputs if t is not None),
-        ranges is None, None if modifiers.sinks is None else modifiers.sinks.dtype,
+        causal, scale, config, modifiers.softcap, query.device,
+        *(None if t is None else (t.dtype, t.shape, t.stride(), t.data_ptr() % 16) for t in inputs),
     )  # fmt: skip
     recording = _recordings.get(call)
     if recording is not None:
         _recordings.move_to_end(call)
         return recording(inputs).transpose(1, 2)
     recorder = Recorder(query.device, inputs)
-    modifiers = replace(modifiers, query_ranges=ranges)
-    prepared = prepare(
-        query, key, value, causal=causal, config=config, modifiers=modifiers, launches=recorder,
-        key_ranges=key_ranges,
-    )  # fmt: skip
-    out = attend_prepared(
-        query, key, value, prepared, causal=causal, scale=scale, config=config, modifiers=modifiers,
-        launches=recorder,
-    )  # fmt: skip
-    recorded = recorder.recording()
-    if recorded is not None:
-        _recordings[call] = recorded
+    out = _launch(query, key, value, causal, scale, config, modifiers, key_ranges, recorder)
+    recording = recorder.recording()
+    if recording is not None:
+        _recordings[call] = recording
         if len(_recordings) > MAX_RECORDINGS:
             _recordings.popitem(last=False)
     return out
+
+
+def _launch(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    causal: bool,
+    scale: float,
+    config: DMAConfig,
+    modifiers: Modifiers,
+    key_ranges: Tensor | None,
+    launches: Launches,
+) -> Tensor:
+    prepared = prepare(
+        query, key, value, causal=causal, config=config, modifiers=modifiers, launches=launches,
+        key_ranges=key_ranges,
+    )  # fmt: skip
+    return attend_prepared(
+        query, key, value, prepared, causal=causal, scale=scale, config=config, modifiers=modifiers,
+        launches=launches,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)

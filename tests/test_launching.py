@@ -129,6 +129,17 @@ def test_what_cannot_be_repeated_is_not_recorded(inputs: str) -> None:
     assert recorder.recording() is None
 
 
+def test_what_is_interpreted_is_not_recorded() -> None:
+    class Interpreted(Kernel):
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            return lambda *args, **options: None
+
+    recorder = Recorder(CPU, [query := torch.zeros(8)])
+    recorder.output((1,), torch.float32)
+    recorder.launch(Interpreted(), (1,), query, None, 0, query, OPTION=0)
+    assert recorder.recording() is None
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("setting", ["auto,min_length=0", "paper", "accurate", "low=mxfp4,high=none"])
 def test_a_repeated_call_is_the_first_call(setting: str) -> None:

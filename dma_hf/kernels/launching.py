@@ -108,6 +108,9 @@ class Recorder(Launches):
 
     def launch(self, kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
         compiled = kernel[grid](*args, **options)
+        if compiled is None:  # Triton's interpreter compiles nothing
+            self._complete = False
+            return
         values = [*args, *(options[name] for name in kernel.arg_names[len(args) :])]
         launch = _Launch(compiled[(*grid, 1, 1)[:3]], values)
         for place, value in enumerate(values):

@@ -26,8 +26,9 @@ default and its flash and cuDNN backends, and SageAttention where it is installe
 inputs; medians; the ratios are to SDPA's default on the same shape, measured just before, amid and
 after the others. The columns:
 
-  ms           of attention from Q, K, V to the output; "quantize" (K) and "attend" (the rest) are
-               DMA's parts, each timed by itself
+  ms           of attention from Q, K, V to the output; "quantize" (K, V) and "attend" (the rest) are
+               DMA's parts, each timed by itself. A call repeats the launches of the first of its kind;
+               the parts do not, so of short calls they show what Triton's launches cost the host
   TFLOP/s      of full attention's operations (causal: of half of them), whatever is computed
   × SDPA       SDPA's time over this time: above 1 is faster than SDPA
   rel. error   ‖out − float32‖ / ‖float32‖ over the last 128 queries
