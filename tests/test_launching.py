@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from types import SimpleNamespace
 from typing import Any
 
@@ -117,6 +118,22 @@ def test_a_descriptor_gets_the_new_address() -> None:
     recording([other])
     assert seen == [other.data_ptr()]
     assert descriptor.base is query
+
+
+def test_a_recording_keeps_no_tensor_alive() -> None:
+    """Or every new length of a prompt would cost the memory of its first call for good."""
+    query, key = torch.zeros(8), torch.zeros(9)
+    recorder = Recorder(CPU, [query, None, key])
+    scratch, out = recorder.empty((4,), torch.float32), recorder.output((4,), torch.float32)
+    descriptor = SimpleNamespace(base=key, shape=[9])
+    recorder.launch(launched := Kernel(), (1,), query, None, 0, out, OPTION=0)
+    recorder.launch(launched, (1,), scratch, None, 0, descriptor, OPTION=0)
+    recording = recorder.recording()
+    assert recording is not None
+    tensors = [weakref.ref(tensor) for tensor in (query, key, scratch, out)]
+    launched.launched.clear()
+    del recorder, query, key, scratch, out, descriptor
+    assert [tensor() for tensor in tensors] == [None] * 4
 
 
 @pytest.mark.parametrize("inputs", ["one tensor twice", "a tensor from elsewhere"])

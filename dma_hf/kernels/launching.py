@@ -123,6 +123,7 @@ class Recorder(Launches):
                 self._complete = False
             elif base is None:
                 launch.pointers.append((place, *found))
+                values[place] = 0  # a recording keeps no tensor alive
             else:
                 address = _Address()
                 values[place] = copy.copy(value)
