@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from torch.jit._trace import is_tracing
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from .config import DMAConfig
+from .memo import memoized
 from .modifiers import Modifiers
 from .reference import reference_attention
 from .triton_backend import triton_attention
@@ -102,7 +102,7 @@ def _run(
     return out.transpose(1, 2).contiguous().transpose(1, 2)
 
 
-@lru_cache(maxsize=1024)
+@memoized
 def _setting(*fields: Any) -> DMAConfig:
     # validated once, not at each call
     return DMAConfig(*fields)

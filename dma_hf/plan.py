@@ -9,7 +9,7 @@ from torch import Tensor
 from .config import DMAConfig
 from .kernels.hopper import why_not_hopper
 from .policy import OperandKind, device_capability, interpreting, operand_kind
-from .tuning import Blocks, choose_blocks
+from .tuning import REPAIR_BLOCKS, Blocks, choose_blocks
 
 
 @dataclass(frozen=True)
@@ -70,9 +70,7 @@ def plan_repair(query: Tensor, value: Tensor, config: DMAConfig) -> Plan:
     Hardly ever does it do anything, so it is cheap to launch, for the host and for the GPU: no descriptors of
     the copy engine, and programs that are small and few.
     """
-    plan = plan_call(query, value, config)
-    blocks = Blocks(min(128, config.tile), 32, 32, 4, 1, 1)
-    return replace(plan, blocks=blocks, use_tma=False)
+    return replace(plan_call(query, value, config), blocks=REPAIR_BLOCKS, use_tma=False)
 
 
 def plan_call(

@@ -49,28 +49,24 @@ def triton_attention(
             )
     if query.numel() == 0 or key.shape[2] == 0:
         return query.new_zeros(*query.shape[:3], value.shape[-1])
-    if modifiers.mask is not None:
-        # lists of a mask's tiles are made by PyTorch, between the launches
-        key_ranges = None if modifiers.query_ranges is None else key_ranges_of(modifiers.query_ranges)
-        launches = Launches(query.device)
-        return _launch(query, key, value, causal, scale, config, modifiers, key_ranges, launches)
-    return _launch_recorded(query, key, value, causal, scale, config, modifiers)
-
-
-def _launch_recorded(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    causal: bool,
-    scale: float,
-    config: DMAConfig,
-    modifiers: Modifiers,
-) -> Tensor:
-    """Repeats the launches of an earlier call of the same shapes and setting, or makes and remembers them."""
     ranges, key_ranges = modifiers.query_ranges, None
     if ranges is not None:
         key_ranges, ranges = key_ranges_of(ranges), ranges.contiguous()
         modifiers = replace(modifiers, query_ranges=ranges)
+
+    def launch(launches: Launches) -> Tensor:
+        prepared = prepare(
+            query, key, value, causal=causal, config=config, modifiers=modifiers, key_ranges=key_ranges,
+            launches=launches,
+        )  # fmt: skip
+        return attend_prepared(
+            query, key, value, prepared, causal=causal, scale=scale, config=config, modifiers=modifiers,
+            launches=launches,
+        )  # fmt: skip
+
+    if modifiers.mask is not None:
+        # lists of a mask's tiles are made by PyTorch, between the launches
+        return launch(Launches(query.device))
     inputs = (query, key, value, key_ranges, ranges, modifiers.sinks)
     # all that a launch, or Triton's choice of a compiled kernel, depends on
     call = (
@@ -82,34 +78,13 @@ def _launch_recorded(
         _recordings.move_to_end(call)
         return recording(inputs).transpose(1, 2)
     recorder = Recorder(query.device, inputs)
-    out = _launch(query, key, value, causal, scale, config, modifiers, key_ranges, recorder)
+    out = launch(recorder)
     recording = recorder.recording()
     if recording is not None:
         _recordings[call] = recording
         if len(_recordings) > MAX_RECORDINGS:
             _recordings.popitem(last=False)
     return out
-
-
-def _launch(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    causal: bool,
-    scale: float,
-    config: DMAConfig,
-    modifiers: Modifiers,
-    key_ranges: Tensor | None,
-    launches: Launches,
-) -> Tensor:
-    prepared = prepare(
-        query, key, value, causal=causal, config=config, modifiers=modifiers, launches=launches,
-        key_ranges=key_ranges,
-    )  # fmt: skip
-    return attend_prepared(
-        query, key, value, prepared, causal=causal, scale=scale, config=config, modifiers=modifiers,
-        launches=launches,
-    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -139,16 +114,14 @@ def prepare(
     causal: bool,
     config: DMAConfig,
     modifiers: Modifiers,
+    key_ranges: Tensor | None,
     launches: Launches,
-    key_ranges: Tensor | None = None,
 ) -> Prepared:
     """Quantise K, and V where the setting says so.
 
     Args:
-        key_ranges: `masks.key_ranges_of` the query ranges, if the caller has them.
+        key_ranges: `masks.key_ranges_of` the query ranges, where there are any.
     """
-    if key_ranges is None and modifiers.query_ranges is not None:
-        key_ranges = key_ranges_of(modifiers.query_ranges)
     on_hopper = modifiers.empty and hopper_serves(config, query, key, value, causal)
     fp8_value = config.pv == "fp8"
     if on_hopper:

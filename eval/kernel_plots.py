@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib
 from matplotlib.figure import Figure
 
-from .errors import EvalError
 from .kernel_benchmark import Run
+from .pictures import picture_bytes
+from .results import write_file
 
 Point = tuple[int, float]
 """A length in tokens and its TFLOP/s."""
@@ -57,11 +57,6 @@ def draw_throughput(runs: Sequence[Run], title: str, folder: Path) -> list[Path]
         axes.set_title(f"{title}\ncausal, head dimension {head_dim}, quantisation included", fontsize=10)
         axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=8)
         path = folder / f"kernels_head_dim_{head_dim}.svg"
-        try:
-            # with a fixed salt and no date the same figure is the same file
-            with matplotlib.rc_context({"svg.hashsalt": "dma-hf"}):
-                figure.savefig(path, bbox_inches="tight", metadata={"Date": None})
-        except OSError as error:
-            raise EvalError(f"cannot write '{path}': {error.strerror}") from error
+        write_file(path, picture_bytes(figure, bbox_inches="tight"))
         paths.append(path)
     return paths

@@ -184,7 +184,14 @@ def _parts(inputs: Inputs, config: DMAConfig) -> Operations:
 
     def quantize() -> Any:
         return prepare(
-            query, key, value, causal=causal, config=config, modifiers=NO_MODIFIERS, launches=launches
+            query,
+            key,
+            value,
+            causal=causal,
+            config=config,
+            modifiers=NO_MODIFIERS,
+            key_ranges=None,
+            launches=launches,
         )
 
     yield "quantize", quantize

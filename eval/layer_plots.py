@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 
-from .errors import EvalError
+from .pictures import picture_bytes
+from .results import write_file
 
 CELL = 0.16
 """Inches a head, where there are many."""
@@ -51,12 +51,7 @@ def draw_layer_heatmaps(content: dict[str, Any], path: Path) -> None:
         figure.colorbar(image, ax=right)
         right.set_title(f"{run['name']}\nattention mass in high tiles", fontsize=9)
         _label(right, content["layers"], heads)
-    try:
-        # with a fixed salt and no date the same figure is the same file
-        with matplotlib.rc_context({"svg.hashsalt": "dma-hf"}):
-            figure.savefig(path, metadata={"Date": None})
-    except OSError as error:
-        raise EvalError(f"cannot write '{path}': {error.strerror}") from error
+    write_file(path, picture_bytes(figure))
 
 
 def _grid(rows: list[list[float]]) -> np.ndarray:

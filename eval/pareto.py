@@ -7,16 +7,15 @@ the time of SDPA's default over the setting's, causal, for 16k tokens at head di
 
 from __future__ import annotations
 
-import io
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 from matplotlib.figure import Figure
 
 from dma_hf.config import PRESETS
 
+from .pictures import picture_bytes
 from .report.settings import baseline_of, identity
 from .results import write_file
 
@@ -112,8 +111,4 @@ def draw_pareto(points: list[Point], title: str, path: Path) -> None:
     axes.grid(alpha=0.3)
     axes.set(xlabel="speed of attention, × SDPA", ylabel="KL from SDPA (nats)")
     axes.set_title(title, fontsize=10)
-    image = io.BytesIO()
-    # with a fixed salt and no date the same figure is the same file
-    with matplotlib.rc_context({"svg.hashsalt": "dma-hf"}):
-        figure.savefig(image, format="svg", metadata={"Date": None})
-    write_file(path, image.getvalue())
+    write_file(path, picture_bytes(figure))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ from lm_eval.api.model import CacheHook
 from lm_eval.models.huggingface import HFLM
 
 from .errors import UsageError
+from .journal import text_fingerprint
 from .loading import LanguageModel
 from .progress import Advance, progress_bar
 
@@ -53,7 +53,7 @@ class TaskModel(HFLM):  # type: ignore[misc]
         self.label = ""
         """What the progress bar says."""
         self.truncated: set[str] = set()
-        """Digests of this process's requests, so far, that were longer than the model's context.
+        """Fingerprints of this process's requests, so far, that were longer than the model's context.
 
         Not their number: lm-eval repeats a request where a process has fewer than another."""
 
@@ -84,14 +84,17 @@ class TaskModel(HFLM):  # type: ignore[misc]
     def _loglikelihood_tokens(self, requests: Sequence[Any], *args: Any, **kwargs: Any) -> Any:
         for strings, context, continuation in requests:
             if len(context) + len(continuation) > self.max_length + 1:
-                self.truncated.add(_digest(*strings))
+                # repr escapes what UTF-8 cannot encode
+                self.truncated.add(text_fingerprint(repr(strings)))
         return super()._loglikelihood_tokens(requests, *args, **kwargs)
 
     def tok_batch_encode(self, strings: list[str], *args: Any, **kwargs: Any) -> Any:
         """As HFLM's: the prompts of ``generate_until``. Counts those that it has to cut."""
         limit = kwargs.get("left_truncate_len")
         if limit:
-            self.truncated |= {_digest(string) for string in strings if len(self.tok_encode(string)) > limit}
+            self.truncated |= {
+                text_fingerprint(repr(string)) for string in strings if len(self.tok_encode(string)) > limit
+            }
         return super().tok_batch_encode(strings, *args, **kwargs)
 
     @contextmanager
@@ -106,10 +109,6 @@ class TaskModel(HFLM):  # type: ignore[misc]
                 yield
             finally:
                 self.set_cache_hook(CacheHook(None))
-
-
-def _digest(*strings: str) -> str:
-    return hashlib.sha256(repr(strings).encode()).hexdigest()  # escapes what UTF-8 cannot encode
 
 
 class _Finished(CacheHook):  # type: ignore[misc]

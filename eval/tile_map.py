@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import matplotlib
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
@@ -13,6 +12,7 @@ from dma_hf import DMAConfig
 from dma_hf.precision_map import precision_map
 
 from .errors import EvalError, UsageError
+from .pictures import picture_bytes
 
 FILE_TYPES = (".svg", ".png")
 COLORS = ("#ffffff", "#cfe3f5", "#1f5f99")  # not visited, low, high
@@ -55,9 +55,6 @@ def draw_tile_map(config: DMAConfig, tokens: int, path: Path) -> None:
     ]
     axes.legend(handles=handles, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
     try:
-        # With a fixed salt and no date the same map is the same file.
-        with matplotlib.rc_context({"svg.hashsalt": "dma-hf"}):
-            metadata = {"Date": None} if path.suffix == ".svg" else None
-            figure.savefig(path, dpi=120, bbox_inches="tight", metadata=metadata)
+        path.write_bytes(picture_bytes(figure, path.suffix[1:], dpi=120, bbox_inches="tight"))
     except OSError as error:
         raise EvalError(f"cannot write '{path}': {error.strerror}") from error

@@ -45,7 +45,7 @@ def record(kernel: Kernel, query: Tensor, key: Tensor) -> Recording | None:
     """A call of two launches: the second reads one half of the scratch memory that the first wrote."""
     recorder = Recorder(CPU, [query, None, key])
     recorder.empty((3, 5), torch.float32)
-    scratch = recorder.empty((2, 64), "float32")
+    scratch = recorder.empty((2, 64), torch.float32)
     out = recorder.output((4, 4), torch.bfloat16)
     recorder.launch(kernel, (2, 3), query, None, 42, scratch, OPTION="a", num_warps=4)
     recorder.launch(kernel, (1,), scratch[1], None, 43, out.transpose(0, 1), OPTION="b")

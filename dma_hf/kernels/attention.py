@@ -27,6 +27,7 @@ from .launching import Launches
 from .loading import load_rows, load_transposed, token_range
 from .mask_tiles import visited_tiles
 from .nonfinite import spoiled_rows
+from .operands import TILE as SCALE_TILE
 from .operands import (
     element_of,
     multiplicand,
@@ -39,7 +40,6 @@ from .operands import (
     shares_scale,
     stored_width,
 )
-from .quantize import TILE as SCALE_TILE
 from .quantize import KeyOperand, QuantizedKey
 from .quantize_value import QuantizedValue
 from .visibility import add_mask, mask_pointers, rows_and_limits, soft_cap

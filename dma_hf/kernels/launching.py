@@ -28,9 +28,8 @@ class Launches:
     def __init__(self, device: torch.device) -> None:
         self.device = device
 
-    def empty(self, shape: Sequence[int], dtype: torch.dtype | str) -> Tensor:
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """Scratch memory, for as long as the call."""
-        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         return torch.empty(tuple(shape), dtype=dtype, device=self.device)
 
     def output(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -81,7 +80,7 @@ class Recorder(Launches):
         self._inputs = len(inputs)
         self._keep: list[Tensor] = []  # no address is given out twice
 
-    def empty(self, shape: Sequence[int], dtype: torch.dtype | str) -> Tensor:
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         tensor = super().empty(shape, dtype)
         self._scratch.append((self._register(tensor), self._scratch_bytes))
         self._scratch_bytes += -(-tensor.numel() * tensor.element_size() // ALIGNMENT) * ALIGNMENT

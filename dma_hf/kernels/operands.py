@@ -30,6 +30,12 @@ E4M3_MAX = tl.constexpr(448.0)
 SMALLEST_SCALE = tl.constexpr(2.0**-126)
 
 
+TILE = 128
+"""Stored tokens of K and V are padded with zeros to a multiple of this many.
+
+So many tokens share a group of Blackwell's scale layout, and a scale of MXFP4 as E4M3.
+"""
+
 MIN_COLUMNS = 32
 """Columns of the smallest tile: a block of the MX formats, and the shortest product of FP8 operands."""
 
@@ -37,6 +43,11 @@ MIN_COLUMNS = 32
 def padded_columns(head_dim: int) -> int:
     """Columns of a tile that holds rows of `head_dim` elements, filled up with zeros."""
     return max(MIN_COLUMNS, triton.next_power_of_2(head_dim))
+
+
+def stored_rows(length: int) -> int:
+    """Rows that hold `length` tokens: at least one tile."""
+    return triton.cdiv(max(length, 1), TILE) * TILE
 
 
 @constexpr_function

@@ -22,19 +22,19 @@ from .encoding import hadamard
 from .launching import Launches
 from .loading import load_rows, token_range
 from .operands import (
+    TILE,
     multiplicand,
     padded_columns,
     quantize_rows,
     scale_bytes,
     scale_count,
     scale_granularity,
+    stored_rows,
     stored_width,
 )
 from .quantize_value import QuantizedValue, empty_value, fill_value
 from .statistics import token_statistics
 
-# Tokens that share a group of Blackwell's scale layout, and a scale of MXFP4 as E4M3.
-TILE = 128
 # Tokens of one program where no scale is shared: small programs, several to a multiprocessor, so that
 # one's loads run beside another's arithmetic. `paper` on 268 MB of K: 86 % of the device's copy rate;
 # 59 % with 128 tokens and 16 warps.
@@ -223,7 +223,7 @@ def quantize_key_value(
     """
     launches = Launches(key.device) if launches is None else launches
     batch, heads, length, dim = key.shape
-    rows = triton.cdiv(max(length, 1), TILE) * TILE
+    rows = stored_rows(length)
     low = _empty_operand(config.low, low_kind, key, rows, launches)
     same = config.high == config.low
     high = low if same else _empty_operand(config.high, high_kind, key, rows, launches)

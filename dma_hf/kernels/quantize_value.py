@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -16,10 +17,8 @@ from .encoding import is_finite
 from .interpreter import divide, to_e4m3
 from .launching import Launches
 from .loading import token_range
+from .operands import TILE, stored_rows
 from .statistics import token_statistics
-
-TILE = 128
-"""Stored tokens are padded with zeros to a multiple of this many."""
 
 
 @dataclass(frozen=True)
@@ -117,11 +116,11 @@ def quantize_value(
 def empty_value(value: Tensor, smooth: bool, permuted: bool, launches: Launches) -> QuantizedValue:
     """Memory for a quantised `value`."""
     batch, heads, length, dim = value.shape
-    rows = triton.cdiv(max(length, 1), TILE) * TILE
+    rows = stored_rows(length)
     return QuantizedValue(
-        launches.empty((batch, heads, dim, rows), "float8_e4m3fn"),
-        launches.empty((batch, heads, dim), "float32"),
-        launches.empty((batch, heads, dim), "float32") if smooth else None,
+        launches.empty((batch, heads, dim, rows), torch.float8_e4m3fn),
+        launches.empty((batch, heads, dim), torch.float32),
+        launches.empty((batch, heads, dim), torch.float32) if smooth else None,
         permuted,
     )
 

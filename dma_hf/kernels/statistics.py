@@ -5,6 +5,7 @@ Two launches for K and V together: the first reads each tensor once, in chunks; 
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -158,7 +159,7 @@ def token_statistics(
     chunks = min(max(wanted, MIN_CHUNKS), MAX_CHUNKS)
 
     def of_chunks(columns: int) -> Tensor:
-        return launches.empty((batch, heads, chunks, columns), "float32")
+        return launches.empty((batch, heads, chunks, columns), torch.float32)
 
     read_key = key if key_mean is not None else None
     key_sums = of_chunks(key_columns) if read_key is not None else None
