@@ -7,7 +7,8 @@ import torch
 from kernel_cases import DEVICE, DTYPES, LAYOUTS, laid_out
 from torch import Tensor
 
-from dma_hf.kernels.quantize_value import PERMUTATION, TILE, QuantizedValue, quantize_value
+from dma_hf.kernels.operands import TILE
+from dma_hf.kernels.quantize_value import PERMUTATION, QuantizedValue, quantize_value
 from dma_hf.rounding import encode_e4m3
 from dma_hf.transforms import key_mean
 

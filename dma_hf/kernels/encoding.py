@@ -40,6 +40,16 @@ def round_element(x, ELEMENT: tl.constexpr):
 
 
 @triton.jit
+def int8_code(x):
+    """`x` (float32, of magnitude below 127.5) rounded to the nearest whole number, ties to even, as INT8.
+
+    Next to 1.5 * 2^23 a unit in the last place is one, so the sum's low byte is the number: one addition,
+    where a conversion runs at an eighth of the rate.
+    """
+    return (x + 12582912.0).to(tl.int32, bitcast=True).to(tl.int8)
+
+
+@triton.jit
 def minifloat_code(
     value, unrounded, MANTISSA_BITS: tl.constexpr, MIN_EXPONENT: tl.constexpr, BITS: tl.constexpr
 ):

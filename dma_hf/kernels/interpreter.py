@@ -92,11 +92,12 @@ def divide(x, divisor, inverse):
     """x / divisor, correctly rounded, given the correctly rounded inverse = 1 / divisor.
 
     Three multiply-adds instead of a division's ten or so instructions and branch: the remainder of the
-    first guess is exact in a fused multiply-add, and corrects it (Markstein's theorem).
+    first guess is exact in a fused multiply-add, and corrects it (Markstein's theorem). Inf gives NaN.
     """
     if INTERPRETED:
-        return tl.div_rn(x, divisor)
+        infinite = (x.to(tl.int32, bitcast=True) & 0x7FFFFFFF) == 0x7F800000
+        return tl.where(infinite, float("nan"), tl.div_rn(x, divisor))
     else:
         guess = x * inverse
-        remainder = tl.fma(-guess, divisor, x)
+        remainder = tl.fma(guess, -divisor, x)  # with -guess the assembler multiplies once more
         return tl.fma(remainder, inverse, guess)

@@ -16,6 +16,7 @@ from .encoding import (
     e8m0_inverse,
     e8m0_value,
     element_code,
+    int8_code,
     is_finite,
     pack_pairs,
     round_element,
@@ -167,6 +168,30 @@ def quantize_rows(
 
 
 @triton.jit
+def quantize_tile(x, FORMAT: tl.constexpr, KIND: tl.constexpr):
+    """`quantize_rows` and `multiplicand` of keys `x` [ROWS, COLUMNS] that share one float32 scale.
+
+    Returns:
+        what the tensor core multiplies [ROWS, COLUMNS], zeros for tokens with a NaN or Inf; the scale of all
+        the others, a float32 (0 where there are none); and whether there was such a token.
+    """
+    # Magnitudes compare as integers just as they do as floats, and NaN and Inf come out largest. Which token
+    # has one is looked for only if there is one: the common case is one reduction, and no mask.
+    magnitude = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    largest = tl.max(tl.max(magnitude, 1), 0)
+    bad = largest >= 0x7F800000
+    if bad:
+        token_max = tl.max(magnitude, 1)
+        good = token_max < 0x7F800000
+        largest = tl.max(tl.where(good, token_max, -1), 0)
+        x = tl.where(good[:, None], x, 0.0)
+    scale = tl.maximum(tl.div_rn(largest.to(tl.float32, bitcast=True), element_max(FORMAT)), SMALLEST_SCALE)
+    x = divide(x, scale, tl.div_rn(tl.full((), 1.0, tl.float32), scale))
+    tile = int8_code(x) if KIND == "int8" else to_e4m3(x)
+    return tile, tl.where(largest < 0, 0.0, scale), bad
+
+
+@triton.jit
 def multiplicand(
     scaled,
     code,
@@ -208,7 +233,8 @@ def multiplicand(
             rounded = round_element(scaled, ELEMENT)
         tile = tl.reshape(rounded * tl.expand_dims(scale, 2), (ROWS, COLUMNS)).to(tl.bfloat16)
     elif KIND == "int8":
-        tile = tl.reshape(round_element(scaled, ELEMENT), (ROWS, COLUMNS)).to(tl.int8)
+        # no clamp: a scale is the largest magnitude / 127, and its rounding takes no quotient to 127.5
+        tile = int8_code(tl.reshape(scaled, (ROWS, COLUMNS)))
     elif scale_of(FORMAT) == "float32":
         tile = to_e4m3(tl.reshape(scaled, (ROWS, COLUMNS)))
     else:
