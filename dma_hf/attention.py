@@ -70,21 +70,16 @@ def diagonal_tiled_attention(
     if not isinstance(config, DMAConfig):
         raise TypeError(f"config={config!r} must be a DMAConfig")
     check_inputs(query, key, value)
-    scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale
-    for name, number in (("scale", scale), ("softcap", softcap)):
-        if number is None:
-            continue
-        if isinstance(number, bool) or not isinstance(number, (int, float)):
-            raise TypeError(f"{name}={number!r} must be a number")
-        if not (math.isfinite(number) and number > 0):
-            raise ValueError(f"{name}={number} must be finite and positive")
+    scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else _positive(scale, "scale")
+    softcap = None if softcap is None else _positive(softcap, "softcap")
     if sliding_window is not None:
         if isinstance(sliding_window, bool) or not isinstance(sliding_window, int):
             raise TypeError(f"sliding_window={sliding_window!r} must be an int (tokens)")
         if sliding_window < 1:
             raise ValueError(f"sliding_window={sliding_window} must be at least 1 token")
-    check_modifiers(query, key, attn_mask, sinks)
     ranges = None
+    if not (attn_mask is None and sinks is None):
+        check_modifiers(query, key, attn_mask, sinks)
     if not (padding_mask is None and sequence_ids is None and sliding_window is None):
         reach = None if sliding_window is None else sliding_window - causal
         ranges = query_ranges(
@@ -98,9 +93,18 @@ def diagonal_tiled_attention(
             batch=query.shape[0],
             device=query.device,
         )
-    modifiers = Modifiers(ranges, attn_mask, None if softcap is None else float(softcap), sinks)
+    unmodified = ranges is None and attn_mask is None and softcap is None and sinks is None
+    modifiers = NO_MODIFIERS if unmodified else Modifiers(ranges, attn_mask, softcap, sinks)
     config = config.for_layer(None)
-    return attend(query, key, value, causal=causal, scale=float(scale), config=config, modifiers=modifiers)
+    return attend(query, key, value, causal=causal, scale=scale, config=config, modifiers=modifiers)
+
+
+def _positive(number: float, name: str) -> float:
+    if isinstance(number, bool) or not isinstance(number, (int, float)):
+        raise TypeError(f"{name}={number!r} must be a number")
+    if not (math.isfinite(number) and number > 0):
+        raise ValueError(f"{name}={number} must be finite and positive")
+    return float(number)
 
 
 def _checked_padding(padding_mask: Tensor | None, key: Tensor) -> Tensor | None:
@@ -154,7 +158,7 @@ def attend(
     modifiers: Modifiers = NO_MODIFIERS,
 ) -> Tensor:
     """`diagonal_tiled_attention` on input that is known to be good."""
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value)):
+    if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
         out: Tensor = _ForwardOnly.apply(query, key, value, causal, scale, config, modifiers)
         return out
     return _forward(query, key, value, causal, scale, config, modifiers)
@@ -170,11 +174,13 @@ def _forward(
     modifiers: Modifiers,
 ) -> Tensor:
     config = resolve(config, device_capability(query.device) if query.is_cuda else None)
-    if runs_on_sdpa(config, query.shape[2], key.shape[2], causal, modifiers.empty):
+    _, heads, query_length, head_dim = query.shape
+    _, kv_heads, key_length, _ = key.shape
+    if runs_on_sdpa(config, query_length, key_length, causal, modifiers.empty):
         return scaled_dot_product_attention(
-            query, key, value, is_causal=causal, scale=scale, enable_gqa=query.shape[1] != key.shape[1]
+            query, key, value, is_causal=causal, scale=scale, enable_gqa=heads != kv_heads
         )
-    backend = choose_backend(config, query.device, query.shape[-1], value.shape[-1])
+    backend = choose_backend(config, query.device, head_dim, value.shape[-1])
     return attention(
         query, key, value, causal=causal, scale=scale, config=config, modifiers=modifiers, backend=backend
     )
@@ -197,8 +203,7 @@ class _ForwardOnly(torch.autograd.Function):
 
 def check_inputs(query: Tensor, key: Tensor, value: Tensor) -> None:
     """Refuse what no backend can compute, naming the argument, the value and what is accepted."""
-    tensors = {"query": query, "key": key, "value": value}
-    for name, tensor in tensors.items():
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} is a {type(tensor).__name__}; accepted is a tensor")
         if tensor.ndim != 4:
@@ -207,25 +212,28 @@ def check_inputs(query: Tensor, key: Tensor, value: Tensor) -> None:
             )
         if tensor.dtype not in INPUT_DTYPES:
             raise TypeError(f"{name} has dtype {tensor.dtype}; accepted are bfloat16, float16 and float32")
+        if tensor is query:
+            continue
         if tensor.dtype != query.dtype:
             raise TypeError(f"{name} has dtype {tensor.dtype}, query has {query.dtype}; they must agree")
         if tensor.device != query.device:
             raise ValueError(f"{name} is on {tensor.device}, query on {query.device}; they must agree")
     batch, heads, _, head_dim = query.shape
-    kv_heads, key_length = key.shape[1:3]
-    if key.shape[0] != batch or value.shape[0] != batch:
-        raise ValueError(f"batch sizes differ: query {batch}, key {key.shape[0]}, value {value.shape[0]}")
+    key_batch, kv_heads, key_length, key_dim = key.shape
+    value_batch, value_heads, value_length, value_dim = value.shape
+    if key_batch != batch or value_batch != batch:
+        raise ValueError(f"batch sizes differ: query {batch}, key {key_batch}, value {value_batch}")
     if kv_heads == 0 or heads % kv_heads:
         raise ValueError(f"query has {heads} heads, key has {kv_heads}; accepted is a multiple")
-    if value.shape[1:3] != key.shape[1:3]:
+    if value_heads != kv_heads or value_length != key_length:
         raise ValueError(
-            f"value has {value.shape[1]} heads and {value.shape[2]} tokens,"
+            f"value has {value_heads} heads and {value_length} tokens,"
             f" key has {kv_heads} and {key_length}; they must agree"
         )
-    if key.shape[-1] != head_dim:
-        raise ValueError(f"key has head_dim {key.shape[-1]}, query has {head_dim}; they must agree")
-    if head_dim == 0 or value.shape[-1] == 0:
-        raise ValueError(f"head_dim of query is {head_dim}, of value {value.shape[-1]}; at least 1 is needed")
+    if key_dim != head_dim:
+        raise ValueError(f"key has head_dim {key_dim}, query has {head_dim}; they must agree")
+    if head_dim == 0 or value_dim == 0:
+        raise ValueError(f"head_dim of query is {head_dim}, of value {value_dim}; at least 1 is needed")
 
 
 def check_modifiers(query: Tensor, key: Tensor, attn_mask: Tensor | None, sinks: Tensor | None) -> None:

@@ -32,7 +32,7 @@ class Modifiers:
     @property
     def empty(self) -> bool:
         """Whether nothing is changed."""
-        return all(part is None for part in (self.query_ranges, self.mask, self.softcap, self.sinks))
+        return self.query_ranges is None and self.mask is None and self.softcap is None and self.sinks is None
 
     @property
     def absolute_scores(self) -> bool:

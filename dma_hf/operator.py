@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -92,11 +91,17 @@ def _run(
     modifiers: Modifiers,
     backend: str,
 ) -> Tensor:
-    run = triton_attention if backend == "triton" else reference_attention
+    run = triton_attention if backend == "triton" else _stored_by_tokens
     # Triton launches on the current device, not on that of its arguments: a model may be spread over several
-    elsewhere = query.is_cuda and query.device.index != torch.cuda.current_device()
-    with torch.cuda.device(query.device) if elsewhere else nullcontext():
-        out = run(query, key, value, causal=causal, scale=scale, config=config, modifiers=modifiers)
+    if query.is_cuda and query.get_device() != torch.cuda.current_device():
+        with torch.cuda.device(query.device):
+            return run(query, key, value, causal=causal, scale=scale, config=config, modifiers=modifiers)
+    return run(query, key, value, causal=causal, scale=scale, config=config, modifiers=modifiers)
+
+
+def _stored_by_tokens(query: Tensor, key: Tensor, value: Tensor, **arguments: Any) -> Tensor:
+    """`reference_attention`, stored as [B, M, H, Dv]."""
+    out = reference_attention(query, key, value, **arguments)
     if not out.numel():  # without a query, every stride is contiguous and `contiguous` changes none
         return _empty_out(query, value)
     return out.transpose(1, 2).contiguous().transpose(1, 2)

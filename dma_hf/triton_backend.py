@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
+import threading
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,9 +19,10 @@ from .modifiers import NO_MODIFIERS, Modifiers
 from .plan import Plan, hopper_serves, plan_call, plan_repair
 
 MAX_RECORDINGS = 512
-"""Calls of different shapes or settings whose launches are remembered; the least recently used is dropped."""
+"""Calls of different shapes or settings whose launches are remembered; the oldest recording is dropped."""
 
-_recordings: OrderedDict[Any, Recording] = OrderedDict()
+_recordings: dict[Any, Recording] = {}
+_recordings_lock = threading.Lock()  # of whoever adds one
 
 
 def triton_attention(
@@ -37,24 +38,23 @@ def triton_attention(
     """Diagonal-tiled mixed-precision attention on the Triton kernels.
 
     Arguments and result are those of `reference_attention`; the last dimension of every input is
-    contiguous. The result is the same to accumulation order, and the same bits on every run.
+    contiguous. The result is stored as [B, M, H, Dv]. It is the same to accumulation order, and the same
+    bits on every run.
 
     Raises:
         ValueError: the last dimension of an input is not contiguous.
     """
-    for name, tensor in (("query", query), ("key", key), ("value", value)):
-        if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
-            raise ValueError(
-                f"{name} has strides {list(tensor.stride())}; accepted is a contiguous last dimension"
-            )
-    if query.numel() == 0 or key.shape[2] == 0:
-        return query.new_zeros(*query.shape[:3], value.shape[-1])
+    if query.numel() == 0 or key.numel() == 0:
+        _check_layout(query, key, value)
+        batch, heads, length, _ = query.shape
+        return query.new_zeros(batch, length, heads, value.shape[-1]).transpose(1, 2)
     ranges, key_ranges = modifiers.query_ranges, None
     if ranges is not None:
         key_ranges, ranges = key_ranges_of(ranges), ranges.contiguous()
         modifiers = replace(modifiers, query_ranges=ranges)
 
     def launch(launches: Launches) -> Tensor:
+        _check_layout(query, key, value)
         prepared = prepare(
             query, key, value, causal=causal, config=config, modifiers=modifiers, key_ranges=key_ranges,
             launches=launches,
@@ -67,24 +67,42 @@ def triton_attention(
     if modifiers.mask is not None:
         # lists of a mask's tiles are made by PyTorch, between the launches
         return launch(Launches(query.device))
-    inputs = (query, key, value, key_ranges, ranges, modifiers.sinks)
-    # all that a launch, or Triton's choice of a compiled kernel, depends on
-    call = (
-        causal, scale, config, modifiers.softcap, query.device,
-        *(None if t is None else (t.dtype, t.shape, t.stride(), t.data_ptr() % 16) for t in inputs),
+    addresses = [query.data_ptr(), key.data_ptr(), value.data_ptr()]
+    # All that a launch, or Triton's choice of a compiled kernel, depends on. That two inputs are one tensor
+    # belongs to it: what is recorded of one tensor in two places says nothing of two tensors.
+    call: tuple[Any, ...] = (
+        causal, scale, config, query.get_device(), query.dtype,
+        query.shape, key.shape, value.shape, query.stride(), key.stride(), value.stride(),
+        addresses[0] % 16, addresses[1] % 16, addresses[2] % 16,
+        query is key, key is value, value is query,
     )  # fmt: skip
+    inputs: tuple[Tensor | None, ...] = (query, key, value)
+    if not modifiers.empty:
+        extra = (key_ranges, ranges, modifiers.sinks)
+        inputs = (*inputs, *extra)
+        addresses += [0 if t is None else t.data_ptr() for t in extra]
+        layouts = [None if t is None else (t.dtype, t.shape, t.stride(), t.data_ptr() % 16) for t in extra]
+        call = (*call, modifiers.softcap, *layouts)
     recording = _recordings.get(call)
     if recording is not None:
-        _recordings.move_to_end(call)
-        return recording(inputs).transpose(1, 2)
+        return recording(addresses)
     recorder = Recorder(query.device, inputs)
     out = launch(recorder)
-    recording = recorder.recording()
+    recording = recorder.recording(out)
     if recording is not None:
-        _recordings[call] = recording
-        if len(_recordings) > MAX_RECORDINGS:
-            _recordings.popitem(last=False)
+        with _recordings_lock:
+            _recordings[call] = recording
+            if len(_recordings) > MAX_RECORDINGS:
+                del _recordings[next(iter(_recordings))]
     return out
+
+
+def _check_layout(query: Tensor, key: Tensor, value: Tensor) -> None:
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
+            raise ValueError(
+                f"{name} has strides {list(tensor.stride())}; accepted is a contiguous last dimension"
+            )
 
 
 @dataclass(frozen=True)
