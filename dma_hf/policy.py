@@ -130,20 +130,24 @@ def choose_backend(config: DMAConfig, device: torch.device, head_dim: int, value
     if why_not is not None:
         warn_fallback(f"dma runs on the PyTorch reference: {why_not}")
         return "reference"
-    _announce_untested(device_capability(device))
+    capability = device_capability(device)
+    if capability not in RUN_ON:
+        _announce_untested(capability)
     return "triton"
 
 
 def _why_not_triton(config: DMAConfig, device: torch.device, head_dim: int, value_dim: int) -> str | None:
-    if device.type != "cuda" and not (device.type == "cpu" and interpreting()):
+    on_gpu = device.type == "cuda"
+    if not on_gpu and not (device.type == "cpu" and interpreting()):
         return f"the kernels need a CUDA device, not {device.type} (or TRITON_INTERPRET=1)"
     head_dim_reason = _why_not_head_dim(head_dim, value_dim)
-    if head_dim_reason is not None:
+    if head_dim_reason is not None or not on_gpu:
         return head_dim_reason
-    if device.type == "cuda" and config.pv == "fp8" and device_capability(device) < FP8_CAPABILITY:
-        return f"pv='fp8' needs FP8 tensor cores (sm_{FP8_CAPABILITY}), not sm_{device_capability(device)}"
-    if device.type == "cuda" and device_capability(device) < MIN_CAPABILITY:
-        return f"the kernels need sm_{MIN_CAPABILITY} or later, not sm_{device_capability(device)}"
+    capability = device_capability(device)
+    if config.pv == "fp8" and capability < FP8_CAPABILITY:
+        return f"pv='fp8' needs FP8 tensor cores (sm_{FP8_CAPABILITY}), not sm_{capability}"
+    if capability < MIN_CAPABILITY:
+        return f"the kernels need sm_{MIN_CAPABILITY} or later, not sm_{capability}"
     return None
 
 
@@ -163,6 +167,12 @@ def device_capability(device: torch.device) -> int:
     return 10 * major + minor
 
 
+@memoized
+def multiprocessors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; 1 elsewhere, where kernels are only compiled or interpreted."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
 RUN_ON = (90,)
 """Architectures on which this project has run its kernels, not only compiled them."""
 
@@ -170,9 +180,8 @@ RUN_ON = (90,)
 @torch.compiler.assume_constant_result
 @memoized
 def _announce_untested(capability: int) -> None:
-    if capability not in RUN_ON:
-        warnings.warn(
-            f"dma kernels on sm_{capability}: compiled and checked, never run by this project on this"
-            " hardware",
-            stacklevel=3,
-        )
+    # once for each architecture
+    warnings.warn(
+        f"dma kernels on sm_{capability}: compiled and checked, never run by this project on this hardware",
+        stacklevel=3,
+    )

@@ -26,7 +26,6 @@ from dma_hf.masks import query_ranges
 from dma_hf.modifiers import Modifiers
 from dma_hf.policy import device_capability, operand_kind
 from dma_hf.reference import reference_attention
-from dma_hf.triton_backend import triton_attention
 
 ROOT = Path(__file__).parent.parent
 
@@ -48,7 +47,7 @@ from dma_hf.kernels.hopper import attend_hopper
 from dma_hf.kernels.quantize import quantize_key
 from dma_hf.kernels.quantize_value import quantize_value
 from dma_hf.policy import operand_kind
-for text, dim, causal, _ in json.loads(sys.argv[1]):
+for text, dim, causal, *_ in json.loads(sys.argv[1]):
     config = DMAConfig.parse(text)
     length = 512 if causal else 500  # which cuts the last block
     query, key = torch.zeros(1, 4, length, dim).bfloat16(), torch.zeros(1, 2, length, dim).bfloat16()
@@ -61,21 +60,22 @@ for text, dim, causal, _ in json.loads(sys.argv[1]):
         attend_hopper(query, key, quantized, value, causal=causal, scale=0.1, config=config)
         triton.knobs.nvidia.dump_ptxas_log = False
     report = asdict(inspect_kernel(kernels[-1], log.getvalue()))
-    report["spills"] = "0 bytes spill stores" not in log.getvalue()
     report["divisions"] = kernels[-1].asm["ptx"].count("div.rn")  # a call each
     print(json.dumps(report))
 """
 
-# the last number: most instructions of one turn of the low loop, whose issue bounds the kernel
+# Last, what bounds the kernel: most instructions of one turn of the low loop, and most loads and stores of
+# registers that were spilt, which a scale for each key takes.
 CASES = [
-    ("low=fp8,high=none,pv=fp8", 128, True, 560),
-    ("low=int8,high=none,pv=fp8", 64, True, 620),
-    ("low=int8,high=none,pv=fp8", 128, False, 720),
-    ("low=int8_tile,high=none,pv=fp8", 128, True, 510),
-    ("low=fp8_tile,high=none,pv=fp8", 64, True, 480),
-    ("low=fp8,high=fp8,pv=fp8", 128, True, 560),
-    ("low=int8,high=none,pv=none", 128, True, 610),
-    ("low=fp8_tile,high=none,pv=none", 64, True, 480),
+    ("low=fp8,high=none,pv=fp8", 128, True, 560, 8),
+    ("low=int8,high=none,pv=fp8", 64, True, 560, 0),
+    ("low=int8,high=none,pv=fp8", 128, False, 720, 8),
+    ("low=int8_tile,high=none,pv=fp8", 128, True, 510, 1),
+    ("low=fp8_tile,high=none,pv=fp8", 128, True, 470, 1),
+    ("low=fp8_tile,high=none,pv=fp8", 64, True, 480, 0),
+    ("low=fp8,high=fp8,pv=fp8", 128, True, 560, 8),
+    ("low=int8,high=none,pv=none", 128, True, 620, 20),
+    ("low=fp8_tile,high=none,pv=none", 64, True, 480, 0),
 ]
 
 
@@ -96,9 +96,8 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("index", range(len(CASES)), ids=[f"{c}:{d}" for c, d, *_ in CASES])
 def test_compiles_to_asynchronous_wgmma(compiled: list[dict[str, Any]], index: int) -> None:
-    report, (config, _, _, instructions) = compiled[index], CASES[index]
+    report, (config, _, _, instructions, spilt) = compiled[index], CASES[index]
     assert report["notes"] == []  # C7510 ... C7515: wgmma serialised
-    assert not report["spills"]
     assert report["divisions"] == 0
     assert report["shared_bytes"] <= 227 * 1024
     products = " ".join(report["mma"])
@@ -106,11 +105,14 @@ def test_compiles_to_asynchronous_wgmma(compiled: list[dict[str, Any]], index: i
     assert ("f32.e4m3.e4m3" if "pv=fp8" in config else "f32.bf16.bf16") in products
     # One exponential a score and one instruction for two probabilities rounded to E4M3 or bfloat16, half of
     # the keys for each of a warp's 32 threads and 16 rows: a loop without packing and unpacking.
-    longest = max(report["loops"], key=lambda loop: loop.get("MUFU", 0))
-    assert longest["MUFU"] < 64 + 4
-    assert longest["F2FP"] == 32
-    assert longest.get("PRMT", 0) < 8
-    assert sum(longest.values()) <= instructions
+    low_loops = [loop for loop in report["loops"] if loop.get("MUFU", 0) >= 64]
+    assert low_loops
+    for loop in low_loops:
+        assert loop["MUFU"] < 64 + 4
+        assert loop["F2FP"] == 32
+        assert loop.get("PRMT", 0) < 8
+        assert sum(loop.values()) <= instructions
+        assert loop.get("STL", 0) + loop.get("LDL", 0) <= spilt
 
 
 def inputs(
@@ -236,7 +238,7 @@ def test_error_does_not_grow_with_length() -> None:
 @pytest.mark.usefixtures("on_hopper")
 @pytest.mark.parametrize(("config", "bound"), BOUNDS[2:4], ids=NAMES[2:4])
 def test_every_number_of_low_blocks(config: DMAConfig, bound: float) -> None:
-    # the query tiles have 0, 0, 1, 2, ... 6 low blocks, which go around two (16-bit PV) or three stages
+    # the queries of a precision tile have 0, 0, 1, 2, ... 6 low blocks, those of a program up to two numbers
     query, key, value = inputs(lengths=(1024, 1024), batch=2)
     out = attend(query, key, value, config, True)
     expected = reference_attention(query, key, value, causal=True, scale=128**-0.5, config=config)
@@ -247,20 +249,38 @@ def test_every_number_of_low_blocks(config: DMAConfig, bound: float) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.usefixtures("on_hopper")
-def test_scores_that_rise_beyond_the_late_maximum_are_repaired() -> None:
-    """At head dimension 64 exponentials are taken before a block's maximum is known, and may overflow."""
-    query, key, value = inputs(lengths=(1024, 1024), dim=64)
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(
+    ("tile", "diagonal", "sink"),
+    [(128, 128, 0), (128, 256, 384), (128, 384, 128), (256, 256, 256), (384, 384, 0)],
+)
+def test_consumers_in_different_precision_tiles(tile: int, diagonal: int, sink: int, causal: bool) -> None:
+    """A program's 192 queries lie in two tiles, whose low and diagonal blocks are not the same."""
+    config = replace(AUTO_TILE, tile=tile, diagonal=diagonal, sink=sink)
+    query, key, value = inputs(lengths=(1000, 1300))
+    out = attend(query, key, value, config, causal)
+    expected = reference_attention(query, key, value, causal=causal, scale=128**-0.5, config=config)
+    assert error(out, expected) < 3e-3
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("on_hopper")
+@pytest.mark.parametrize("causal", [True, False])
+def test_programs_do_several_tiles(causal: bool) -> None:
+    query, key, value = inputs(heads=(16, 4), lengths=(2100, 2100), batch=3)  # 528 tiles
+    out = attend(query, key, value, AUTO_TILE, causal)
+    expected = reference_attention(query, key, value, causal=causal, scale=128**-0.5, config=AUTO_TILE)
+    assert error(out, expected) < 3e-3
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("on_hopper")
+@pytest.mark.parametrize("dim", [64, 128])
+def test_scores_may_rise_by_any_amount(dim: int) -> None:
+    """A block's scores may be so far above all before it that what was summed counts for nothing."""
+    query, key, value = inputs(lengths=(1024, 1024), dim=dim)
     query = query + 6.0  # in units of log2 the scores with key 400 are about 400, the others below 60
     key[:, :, 400] = 6.0
-    quantized = quantize_key(key, AUTO, operand_kind(AUTO.low, 90), operand_kind(AUTO.high, 90))
-    attend_hopper(
-        query, key, quantized, quantize_value(value, permuted=True), causal=True, scale=0.125, config=AUTO
-    )
-    assert quantized.bad_keys is not None
-    assert bool(quantized.bad_keys.all())
-    out = triton_attention(query, key, value, causal=True, scale=0.125, config=AUTO)
-    # the repair multiplies V as given
-    expected = reference_attention(
-        query, key, value, causal=True, scale=0.125, config=replace(AUTO, pv="none")
-    )
-    assert error(out, expected) < 2e-3
+    out = attend(query, key, value, AUTO, True)
+    expected = reference_attention(query, key, value, causal=True, scale=dim**-0.5, config=AUTO)
+    assert error(out, expected) < 3e-3

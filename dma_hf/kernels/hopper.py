@@ -1,8 +1,9 @@
 """The attention kernel for Hopper, in Gluon: the portable kernel's function for 8-bit low tiles.
 
-One warp is the producer: it asks the copy engine for every tile. Two consumers of four warps take 64
-queries each. In the long loop a consumer starts QK^T of one block and PV of the block before, both
-asynchronous, and computes the softmax while they run. PV is FP8, or 16 bits with V as given.
+As many programs as multiprocessors, each with one producer and three consumers. The producer, a warp, asks
+the copy engine for K and V. A consumer, four warps, takes 64 of a tile's 192 queries and does one thing after
+the other: scores, softmax, PV. While it waits for the tensor core, the other two have the rest of the
+multiprocessor. PV is FP8, or 16 bits with V as given.
 
 Gluon shows registers and shared memory as they are; a few things here are done in a certain way for the
 assembler's sake, and say so.
@@ -20,37 +21,46 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     mbarrier,
     tma,
     warpgroup_mma,
-    warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ..config import DMAConfig
 from ..formats import FORMATS
 from ..modifiers import LOG2_E
+from ..policy import multiprocessors
 from .launching import Launches
 from .quantize import QuantizedKey
 from .quantize_value import QuantizedValue
 
-BLOCK_M = gl.constexpr(128)
-"""Queries of a program: two consumers of 64."""
+CONSUMERS = gl.constexpr(3)
+CONSUMER_M = gl.constexpr(64)
+"""Queries of a consumer: as many as one wgmma multiplies."""
+BLOCK_M = gl.constexpr(192)
+"""Queries of a tile, which all consumers share."""
 LOW_N = gl.constexpr(128)
 HIGH_N = gl.constexpr(64)
 """Keys of a step: an 8-bit block of 128 keys is as large as a 16-bit block of 64."""
-STAGES = 3
-"""Blocks in flight; two with 16-bit PV at head dimension 128, of which shared memory holds no more."""
-LATE_MAXIMUM_DIM = 64
-"""Head dimension at which a block's maximum is found after its exponentials, see `_late_maximum_softmax`.
+STAGES = 2
+"""Blocks in flight. Four were no faster at any length: 1 to 3 % slower at 16k."""
+CONSUMER_REGISTERS, PRODUCER_REGISTERS = 160, 24
+"""Of a thread. Three consumers have no more, and head dimension 128 needs them all."""
+CHUNK = gl.constexpr(16)
+"""Queries that a consumer quantises at a time."""
+LOAD = gl.constexpr(8)
+"""Elements of 16 bits that a thread loads at once."""
 
-At 64 a block has half the products for the same softmax, and this took FP8 PV from 484 to 524 TFLOP/s (INT8
-scores) and from 480 to 528 (FP8 scores); at 128 it was 2 % slower.
-"""
-CONSUMER_REGISTERS, PRODUCER_REGISTERS = 240, 24
+# places of a consumer's arguments in shared memory, see `_get`
+TILES, BATCHES, BLOCKS_M, QUERY_LENGTH, KEY_LENGTH = (gl.constexpr(i) for i in range(5))
+QUERY_B, QUERY_H, QUERY_N, VALUE_SCALE, VALUE_MEAN = (gl.constexpr(i) for i in range(5, 10))
+ARGUMENTS = gl.constexpr(10)
 
 HEAD_DIMS = (64, 128)
 
 # names that changed between Triton 3.6 and 3.9
 _sync_threads = getattr(gl, "barrier", None) or gl.thread_barrier
 _tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+_MEMORY = gl.shared_memory_descriptor
+_reinterpret = getattr(_MEMORY, "reinterpret", None) or _MEMORY._reinterpret
 
 _DTYPES = {
     torch.bfloat16: gl.bfloat16,
@@ -84,8 +94,8 @@ def why_not_hopper(
         )
     if config.rotate:
         return "it does not rotate"
-    if config.tile % BLOCK_M.value:
-        return f"its blocks need tiles of a multiple of {BLOCK_M.value} tokens, not {config.tile}"
+    if config.tile % LOW_N.value:
+        return f"its blocks need tiles of a multiple of {LOW_N.value} tokens, not {config.tile}"
     if causal and config.high != config.low and config.diagonal == 0:
         return "it cuts the causal diagonal in high tiles only"
     for name, tensor in (("query", query), ("key", key), ("value", value)):
@@ -146,27 +156,15 @@ def _unpack(packed, FP8: gl.constexpr):
 
 
 @gluon.jit
-def _keep(packed, FP8: gl.constexpr):
-    """Keep an operand in its registers up to here: wgmma reads them until it has been waited for.
-
-    `warpgroup_mma_wait` does this for its `deps`, but these are packed.
-    """
-    if FP8:
-        gl.inline_asm_elementwise("", "=r,r,r,r,r", [packed], dtype=gl.float8e4nv, is_pure=False, pack=4)
-    else:
-        gl.inline_asm_elementwise("", "=r,r,r", [packed], dtype=gl.bfloat16, is_pure=False, pack=2)
-
-
-@gluon.jit
 def _probability_operand(p, FP8: gl.constexpr, LAYOUT: gl.constexpr):
-    """Probabilities [64, N] as the packed left operand of PV, without moving between threads.
+    """Probabilities [64, N] as the left operand of PV, without moving between threads.
 
     For FP8 the tokens are taken in the order that `quantize_value.PERMUTATION` stores V in.
     """
     if FP8:
         p = gl.reshape(p, (p.shape[0], p.shape[1] // 16, 2, 4, 2))
         p = gl.reshape(gl.permute(p, (0, 1, 3, 2, 4)), (p.shape[0], p.shape[1] * 16))
-    return _pack(gl.convert_layout(p, LAYOUT, assert_trivial=True), FP8)
+    return _unpack(_pack(gl.convert_layout(p, LAYOUT, assert_trivial=True), FP8), FP8)
 
 
 @gluon.jit
@@ -216,38 +214,13 @@ def _softmax(
 
 
 @gluon.jit
-def _late_maximum_softmax(scores, factor, row_max, SHIFT: gl.constexpr):
-    """`_softmax` with the exponentials taken before this block's maximum is known, from the maximum before.
-
-    The maximum is then found while the exponentials run, not ahead of them, and what it corrects is a power
-    of two: the probabilities come out the same. A block that rises by more than 2^119 over everything
-    before it makes the row's sum Inf or NaN; the caller looks for that.
-
-    Returns:
-        as `_softmax`, but the sums [M, 8] are those before the correction.
-    """
-    shift = row_max - SHIFT
-    p = _exp2(scores * factor[:, None] - shift[:, None])
-    # positive floats compare as integers do, of which the maximum of three is one instruction
-    block_max = gl.max(_partial(p.to(gl.int32, bitcast=True), True), 1)
-    # the smallest whole power of two that is no smaller
-    exponent = (gl.convert_layout(block_max, factor.type.layout) + 0x7FFFFF) >> 23
-    # at most 2^126, so that the correction is a normal number
-    rise = gl.minimum(gl.maximum(exponent - (127 + SHIFT), 0), 126)
-    correction = ((127 - rise) << 23).to(gl.float32, bitcast=True)
-    return p * correction[:, None], correction, row_max + rise.to(gl.float32), _partial(p, False)
-
-
-@gluon.jit
-def _cut(scores, first, count):
-    """`scores` [M, N] of the keys from `first` on, -Inf beyond the last of `count` keys."""
-    if first + scores.shape[1] > count:
-        columns = gl.arange(0, scores.shape[1], gl.SliceLayout(0, scores.type.layout))
-        # A thread's columns differ from another's in bits 1 and 2 only: with these on the other side, what is
-        # compared are constants, which take no registers.
-        real = (columns & ~6) < count - first - (columns & 6)
-        scores = gl.where(real[None, :], scores, float("-inf"))
-    return scores
+def _cut(scores, count):
+    """`scores` [M, N] of each row's first `count` [M] keys, -Inf beyond."""
+    columns = gl.arange(0, scores.shape[1], gl.SliceLayout(0, scores.type.layout))
+    # A thread's columns differ from another's in bits 1 and 2 only: with these on the other side, what is
+    # compared are constants, which take no registers.
+    real = (columns & ~6)[None, :] < count[:, None] - (columns & 6)[None, :]
+    return gl.where(real, scores, float("-inf"))
 
 
 @gluon.jit
@@ -257,356 +230,456 @@ def _rescaled(x, correction):
 
 
 @gluon.jit
-def _block_count(start, stop, BLOCK: gl.constexpr):
-    return gl.maximum(stop - start + BLOCK - 1, 0) // BLOCK
+def _block_count(start, stop, N: gl.constexpr):
+    return gl.maximum(stop - start + N - 1, 0) // N
 
 
 @gluon.jit
-def _first_key(block, blocks_a, start_a, start_b, BLOCK: gl.constexpr):
+def _first_key(block, blocks_a, start_a, start_b, N: gl.constexpr):
     """First key of a block; the first `blocks_a` blocks start at `start_a`, the others at `start_b`."""
-    return gl.where(block < blocks_a, start_a + block * BLOCK, start_b + (block - blocks_a) * BLOCK)
+    return gl.where(block < blocks_a, start_a + block * N, start_b + (block - blocks_a) * N)
 
 
 @gluon.jit
-def _value_tile(smem, FP8: gl.constexpr):
-    """V [N, D] of one block in shared memory."""
-    if FP8:
-        return smem.reshape((smem.shape[2], smem.shape[3])).permute((1, 0))  # stored transposed
-    else:
-        return smem.reshape((smem.shape[2], smem.shape[3]))
+def _diagonal(position, PRECISION_TILE: gl.constexpr, DIAGONAL: gl.constexpr, SINK: gl.constexpr):
+    """First key of the diagonal tiles of the query at `position`, and the one behind the last.
+
+    Without diagonal tiles, a place that no key is at.
+    """
+    tile = position & -PRECISION_TILE
+    start, stop = 0x7FFFFF00, 0x7FFFFF00
+    if DIAGONAL > 0:
+        start = gl.maximum(tile + PRECISION_TILE - DIAGONAL, SINK)
+        stop = gl.maximum(tile + DIAGONAL, SINK)
+    return start, stop
 
 
 @gluon.jit
-def _load_value(desc, batch, kv_head, row, bar, smem, pred, FP8: gl.constexpr):
-    if FP8:
-        _tma_load(desc, [batch, kv_head, 0, row], bar, smem, pred=pred)
-    else:
-        _tma_load(desc, [batch, kv_head, row, 0], bar, smem, pred=pred)
+def _put(arguments, place: gl.constexpr, number):
+    """Leave a number or an address for `_get`."""
+    ONE: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    arguments.index(place).store(gl.full([1], 0, gl.int64, ONE) + number.to(gl.int64))
+
+
+@gluon.jit
+def _get(arguments, place: gl.constexpr, dtype: gl.constexpr):
+    """A number or an address from shared memory.
+
+    A consumer gets here what it needs between its loops only. As its arguments, these would take registers
+    that the loops do not have: 14 loads and stores of spilt registers in every step of the long loop.
+    """
+    ONE: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    return gl.max(arguments.index(place).load(ONE), 0).to(dtype)
+
+
+@gluon.jit
+def _tile_count(tiles):
+    """How many of `tiles` this program does."""
+    programs = gl.num_programs(0)
+    rounds = tiles // programs
+    return rounds + (_tile_of(rounds) < tiles).to(gl.int32)
+
+
+@gluon.jit
+def _tile_of(round):
+    """The tile that this program does in one round; every other round goes backwards.
+
+    Tiles are ordered by length, and so no program has the longest of every round.
+    """
+    programs, program = gl.num_programs(0), gl.program_id(0)
+    return round * programs + gl.where(round % 2 == 0, program, programs - 1 - program)
+
+
+@gluon.jit
+def _work(
+    tile, batches, blocks_m, ranges, query_length, key_length,
+    HEADS: gl.constexpr, GROUP: gl.constexpr, CAUSAL: gl.constexpr, RANGES: gl.constexpr,
+    PRECISION_TILE: gl.constexpr, DIAGONAL: gl.constexpr, SINK: gl.constexpr,
+):  # fmt: skip
+    """Where a tile of 192 queries lies, and which blocks of keys its consumers need between them.
+
+    Returns:
+        batch, head, head_row (of the KV head among those of all sequences), row0 and position0 of the first
+        query, first_token and count of the sequence's keys, then the blocks that any consumer needs
+        (design: sink, then low, then diagonal; each skips what is not its): high_a blocks from key 0 and
+        the rest of high_blocks from diagonal_start; low_a blocks from key SINK and the rest of low_blocks
+        from low_resume.
+    """
+    # heads vary fastest and query blocks run from the last to the first: the longest rows of all heads
+    # start together, and the short ones fill the gaps at the end
+    head = tile % HEADS
+    tile = tile // HEADS
+    batch = tile % batches
+    block_m = blocks_m - 1 - tile // batches
+    head_row = batch * (HEADS // GROUP) + head // GROUP
+    first_token = 0
+    count = key_length
+    if RANGES:
+        first_token = gl.load(ranges + batch * 2)
+        count = gl.load(ranges + batch * 2 + 1) - first_token
+
+    # Positions count from the sequence's first real token; & rounds down, negatives too. A consumer's
+    # queries lie in one precision tile, a program's in two at most.
+    query_offset = key_length - query_length - first_token
+    position0 = (query_offset & -CONSUMER_M) + block_m * BLOCK_M
+    row0 = position0 - query_offset
+    limit = gl.minimum(count, position0 + BLOCK_M) if CAUSAL else count
+    limit = gl.where((row0 < query_length) & (row0 + BLOCK_M > 0), limit, 0)
+    diagonal_start, low_resume = _diagonal(position0, PRECISION_TILE, DIAGONAL, SINK)
+    low_stop, diagonal_stop = _diagonal(position0 + BLOCK_M - CONSUMER_M, PRECISION_TILE, DIAGONAL, SINK)
+    high_a = _block_count(0, gl.minimum(SINK, limit), HIGH_N)
+    high_blocks = high_a + _block_count(diagonal_start, gl.minimum(diagonal_stop, limit), HIGH_N)
+    low_a = _block_count(SINK, gl.minimum(low_stop, limit), LOW_N)
+    low_blocks = low_a
+    if not CAUSAL:
+        low_blocks += _block_count(low_resume, limit, LOW_N)
+    return (
+        batch, head, head_row, row0, position0, first_token, count,
+        high_a, high_blocks, diagonal_start, low_a, low_blocks, low_resume,
+    )  # fmt: skip
 
 
 @gluon.jit
 def _load_block(
-    key_desc, scale_desc, value_desc, key_smem, scale_smem, value_smem,
-    key_full, key_empty, value_full, value_empty,
-    block, batch, kv_head, head_row, key_row, value_row, KEY_SCALE: gl.constexpr, FP8_PV: gl.constexpr,
+    key_desc, scale_desc, value_desc, key_smem, scale_smem, value_smem, bar,
+    batch, kv_head, head_row, key_row, value_row, KEY_SCALE: gl.constexpr, FP8_PV: gl.constexpr,
 ):  # fmt: skip
-    """Ask for the K and V of one block, as soon as both consumers have left their places."""
-    STAGES: gl.constexpr = key_smem.shape[0]
-    stage = block % STAGES
-    phase = (block // STAGES) & 1
-    bar = key_full.index(stage)
-    mbarrier.wait(key_empty.index(stage), phase ^ 1)
+    """Ask for K and V of one block."""
+    SCALE_BYTES: gl.constexpr = scale_desc.block_type.nbytes if KEY_SCALE else 0
+    mbarrier.expect(bar, key_desc.block_type.nbytes + value_desc.block_type.nbytes + SCALE_BYTES)
+    _tma_load(key_desc, [batch, kv_head, key_row, 0], bar, key_smem)
     if KEY_SCALE:
-        mbarrier.expect(bar, key_desc.block_type.nbytes + scale_desc.block_type.nbytes)
-        _tma_load(scale_desc, [head_row, key_row], bar, scale_smem.index(stage))
+        _tma_load(scale_desc, [head_row, key_row], bar, scale_smem)
+    if FP8_PV:
+        _tma_load(value_desc, [batch, kv_head, 0, value_row], bar, value_smem)
     else:
-        mbarrier.expect(bar, key_desc.block_type.nbytes)
-    _tma_load(key_desc, [batch, kv_head, key_row, 0], bar, key_smem.index(stage))
-    bar = value_full.index(stage)
-    mbarrier.wait(value_empty.index(stage), phase ^ 1)
-    mbarrier.expect(bar, value_desc.block_type.nbytes)
-    _load_value(value_desc, batch, kv_head, value_row, bar, value_smem.index(stage), True, FP8_PV)
+        _tma_load(value_desc, [batch, kv_head, value_row, 0], bar, value_smem)
 
 
 @gluon.jit
-def _load_step(
-    key_desc, scale_desc, value_desc, key_smem, scale_smem, value_smem, full, empty,
-    step, steps, batch, kv_head, head_row, key_row, value_row, KEY_SCALE: gl.constexpr, FP8_PV: gl.constexpr,
-):  # fmt: skip
-    """Ask for K of one block and V of the block before, as soon as both consumers have left their places.
+def _stage_tile(smem, dtype: gl.constexpr, N: gl.constexpr, D: gl.constexpr):
+    """A stage's memory as a tile [1, 1, N, D]."""
+    LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([1, 1, N, D], dtype)
+    return _reinterpret(smem, dtype, [1, 1, N, D], LAYOUT)
 
-    These are what a consumer multiplies in the same step: one barrier for both.
-    """
-    STAGES: gl.constexpr = key_smem.shape[0]
-    stage = step % STAGES
-    bar = full.index(stage)
-    mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
-    KEY_BYTES: gl.constexpr = key_desc.block_type.nbytes + (scale_desc.block_type.nbytes if KEY_SCALE else 0)
-    VALUE_BYTES: gl.constexpr = value_desc.block_type.nbytes
-    has_key, has_value = step < steps - 1, step > 0
-    mbarrier.expect(bar, KEY_BYTES, pred=step == 0)
-    mbarrier.expect(bar, KEY_BYTES + VALUE_BYTES, pred=has_key & has_value)
-    mbarrier.expect(bar, VALUE_BYTES, pred=step == steps - 1)
-    if KEY_SCALE:
-        _tma_load(scale_desc, [head_row, key_row], bar, scale_smem.index(stage), pred=has_key)
-    _tma_load(key_desc, [batch, kv_head, key_row, 0], bar, key_smem.index(stage), pred=has_key)
-    _load_value(value_desc, batch, kv_head, value_row, bar, value_smem.index(stage), has_value, FP8_PV)
+
+@gluon.jit
+def _value_tile(smem, FP8: gl.constexpr, N: gl.constexpr, D: gl.constexpr):
+    """A stage's memory for V as a tile [1, 1, N, D], or, in FP8, [1, 1, D, N]."""
+    if FP8:
+        return _stage_tile(smem, smem.dtype, D, N)
+    else:
+        return _stage_tile(smem, smem.dtype, N, D)
 
 
 @gluon.jit
 def _producer(
-    query_desc, low_key_desc, high_key_desc, low_scale_desc, high_scale_desc, low_value_desc, high_value_desc,
-    query_smem, low_key, low_scale, low_value, high_key, high_scale, high_value,
-    query_full, low_full, low_empty,
-    high_key_full, high_key_empty, high_value_full, high_value_empty,
-    batch, head, kv_head, head_row, row0, first_token,
-    high_a, high_blocks, diagonal_start, low_a, low_blocks, sink_stop, low_resume,
+    low_key_desc, high_key_desc, scale_desc, low_value_desc, high_value_desc,
+    key_smem, scale_smem, value_smem, full, empty,
+    batches, blocks_m, ranges, query_length, key_length,
+    HEADS: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr, CAUSAL: gl.constexpr,
     HIGH_RAW: gl.constexpr, TILE_SCALE: gl.constexpr, FP8_PV: gl.constexpr,
+    RANGES: gl.constexpr, PRECISION_TILE: gl.constexpr, DIAGONAL: gl.constexpr, SINK: gl.constexpr,
 ):  # fmt: skip
-    for consumer in gl.static_range(2):
-        bar = query_full.index(consumer)
-        mbarrier.expect(bar, query_desc.block_type.nbytes)
-        _tma_load(query_desc, [batch, head, row0 + consumer * 64, 0], bar, query_smem.index(consumer))
-    # quantised tensors start at the sequence's first real token, the given K and V at the padding
-    high_token = first_token if HIGH_RAW else 0
-    value_token = 0 if FP8_PV else first_token
-    for block in range(high_blocks):
-        first = _first_key(block, high_a, 0, diagonal_start, HIGH_N)
-        _load_block(
-            high_key_desc, high_scale_desc, high_value_desc, high_key, high_scale, high_value,
-            high_key_full, high_key_empty, high_value_full, high_value_empty,
-            block, batch, kv_head, head_row, high_token + first, value_token + first, not HIGH_RAW, FP8_PV,
+    STAGES: gl.constexpr = key_smem.shape[0]
+    step = 0
+    for round in range(_tile_count(HEADS * batches * blocks_m)):
+        (
+            batch, head, head_row, _row0, _position0, first_token, _count,
+            high_a, high_blocks, diagonal_start, low_a, low_blocks, low_resume,
+        ) = _work(
+            _tile_of(round), batches, blocks_m, ranges, query_length, key_length,
+            HEADS, GROUP, CAUSAL, RANGES, PRECISION_TILE, DIAGONAL, SINK,
         )  # fmt: skip
-    last = 0
-    if low_blocks > 0:
-        for step in range(low_blocks + 1):
-            first = _first_key(step, low_a, sink_stop, low_resume, LOW_N)
-            _load_step(
-                low_key_desc, low_scale_desc, low_value_desc, low_key, low_scale, low_value,
-                low_full, low_empty, step, low_blocks + 1, batch, kv_head, head_row, first,
-                value_token + last, not TILE_SCALE, FP8_PV,
+        kv_head = head // GROUP
+        # quantised tensors start at the sequence's first real token, the given K and V at the padding
+        high_token = first_token if HIGH_RAW else 0
+        value_token = 0 if FP8_PV else first_token
+        for block in range(high_blocks):
+            first = _first_key(block, high_a, 0, diagonal_start, HIGH_N)
+            stage = step % STAGES
+            mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
+            _load_block(
+                high_key_desc, scale_desc, high_value_desc,
+                _stage_tile(key_smem.index(stage), high_key_desc.dtype, HIGH_N, D), scale_smem.index(stage),
+                _value_tile(value_smem.index(stage), FP8_PV, HIGH_N, D), full.index(stage),
+                batch, kv_head, head_row, high_token + first, value_token + first, not HIGH_RAW, FP8_PV,
             )  # fmt: skip
-            last = first
+            step += 1
+        for block in range(low_blocks):
+            first = _first_key(block, low_a, SINK, low_resume, LOW_N)
+            stage = step % STAGES
+            mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
+            _load_block(
+                low_key_desc, scale_desc, low_value_desc,
+                _stage_tile(key_smem.index(stage), low_key_desc.dtype, LOW_N, D), scale_smem.index(stage),
+                _value_tile(value_smem.index(stage), FP8_PV, LOW_N, D), full.index(stage),
+                batch, kv_head, head_row, first, value_token + first, not TILE_SCALE, FP8_PV,
+            )  # fmt: skip
+            step += 1
 
 
 @gluon.jit
 def _low_query(
-    raw_smem, smem, mean, scale_log2e, D: gl.constexpr, INT8: gl.constexpr, OFFSET: gl.constexpr,
+    query, query_n, first_real, stop_real, mean, scale_log2e, smem, row_smem,
+    INDEX: gl.constexpr, INT8: gl.constexpr, OFFSET: gl.constexpr,
     ROWS: gl.constexpr, HIGH_ROWS: gl.constexpr,
 ):  # fmt: skip
-    """Quantise one consumer's queries [64, D] a token at a time, from shared memory to shared memory.
+    """Quantise one consumer's queries [64, D] a token at a time, from global to shared memory.
+
+    In a loop over 16 queries at a time: all at once was 1,100 instructions, which every tile waited for
+    12,000 cycles, half of them for the instruction cache.
+
+    Args:
+        query: address of the first of 64 queries, of which those in [first_real, stop_real) exist.
+        smem: [consumers' chunks, 16, D], for the elements of all consumers.
+        row_smem: [2 * consumers' chunks, 16], for their scales and offsets.
 
     Returns:
-        What turns 8-bit products into scores, [64] in layout ROWS; with OFFSET the score [64] of every
-        query with the mean of K, in layout HIGH_ROWS (see `attention._query_operand`), else zeros.
+        What turns 8-bit products into scores, [64] in layout ROWS; with OFFSET the score [64] of every query
+        with the mean of K, in layout HIGH_ROWS (see `attention._query_operand`), else zeros.
     """
-    M: gl.constexpr = 64
+    CHUNKS: gl.constexpr = CONSUMER_M // CHUNK
+    D: gl.constexpr = smem.shape[2]
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
     LARGEST: gl.constexpr = 127.0 if INT8 else 448.0
-    x = raw_smem.reshape((M, D)).load(LAYOUT).to(gl.float32)
-    offset = gl.full([M], 0.0, gl.float32, HIGH_ROWS)
+    column = gl.arange(0, D, gl.SliceLayout(0, LAYOUT))
+    row = gl.arange(0, CHUNK, gl.SliceLayout(1, LAYOUT))
     if OFFSET:
-        channel_mean = gl.load(mean + gl.arange(0, D, gl.SliceLayout(0, LAYOUT)))
-        offset = gl.convert_layout(gl.sum(x * channel_mean[None, :], 1) * scale_log2e, HIGH_ROWS)
-    x = x * scale_log2e
-    # compared as integers, NaN and Inf are the largest, and the maximum carries them into the factor
-    token_max = gl.max(x.to(gl.int32, bitcast=True) & 0x7FFFFFFF, 1).to(gl.float32, bitcast=True)
-    # Correctly rounded divisions, as in the reference: an element may lie halfway between two integers, and
-    # often does in bfloat16. Each is an approximation and what its remainder says; `gl.div_rn` would be two
-    # calls a row, which every program waits for.
-    guess = token_max * (1.0 / LARGEST)
-    scale = gl.maximum(gl.fma(gl.fma(guess, -LARGEST, token_max), 1.0 / LARGEST, guess), 2.0**-126)
-    inverse = 1.0 / scale
-    inverse = gl.fma(gl.fma(-scale, inverse, 1.0), inverse, inverse)
-    scaled = x * inverse[:, None]
-    remainder = gl.fma(-scaled, gl.broadcast(scale[:, None], x)[0], x)
-    scaled = gl.fma(remainder, gl.broadcast(inverse[:, None], x)[0], scaled)
-    if INT8:
-        # adding and taking away 1.5 * 2^23 rounds to a whole number, ties to even
-        smem.store(((scaled + 12582912.0) - 12582912.0).to(gl.int8))
-    else:
-        smem.store(scaled.to(gl.float8e4nv))
+        channel_mean = gl.load(mean + column)
+    pointers = query + row[:, None] * query_n + column[None, :]
+    real = gl.broadcast(((row >= first_real) & (row < stop_real))[:, None], pointers)[0]
+    following = gl.load(pointers, mask=real, other=0.0)
+    for chunk in range(CHUNKS):
+        x = following.to(gl.float32)
+        # the next chunk's queries arrive meanwhile
+        row += CHUNK
+        pointers += CHUNK * query_n
+        real = gl.broadcast(
+            ((row >= first_real) & (row < gl.minimum(stop_real, CONSUMER_M)))[:, None], pointers
+        )[0]
+        following = gl.load(pointers, mask=real, other=0.0)
+        if OFFSET:
+            offset = gl.sum(x * channel_mean[None, :], 1) * scale_log2e
+            row_smem.index(CONSUMERS * CHUNKS + INDEX * CHUNKS + chunk).store(offset)
+        x = x * scale_log2e
+        # compared as integers, NaN and Inf are the largest, and the maximum carries them into the factor
+        token_max = gl.max(x.to(gl.int32, bitcast=True) & 0x7FFFFFFF, 1).to(gl.float32, bitcast=True)
+        # Correctly rounded divisions, as in the reference: an element may lie halfway between two integers,
+        # and often does in bfloat16. Each is an approximation and what its remainder says; `gl.div_rn` would
+        # be a call.
+        guess = token_max * (1.0 / LARGEST)
+        scale = gl.maximum(gl.fma(gl.fma(guess, -LARGEST, token_max), 1.0 / LARGEST, guess), 2.0**-126)
+        inverse = 1.0 / scale
+        inverse = gl.fma(gl.fma(-scale, inverse, 1.0), inverse, inverse)
+        scaled = x * inverse[:, None]
+        remainder = gl.fma(scaled, gl.broadcast(-scale[:, None], x)[0], x)
+        scaled = gl.fma(remainder, gl.broadcast(inverse[:, None], x)[0], scaled)
+        if INT8:
+            # adding 1.5 * 2^23 rounds to a whole number, ties to even, and leaves it in the last byte
+            elements = (scaled + 12582912.0).to(gl.int32, bitcast=True).to(gl.int8)
+        else:
+            elements = scaled.to(gl.float8e4nv)
+        smem.index(INDEX * CHUNKS + chunk).store(elements)
+        finite = token_max.to(gl.int32, bitcast=True) < 0x7F800000
+        row_smem.index(INDEX * CHUNKS + chunk).store(gl.where(finite, scale, float("nan")))
     fence_async_shared()
     _sync_threads()
-    finite = token_max.to(gl.int32, bitcast=True) < 0x7F800000
-    return gl.convert_layout(gl.where(finite, scale, float("nan")), ROWS), offset
+    row_values = _reinterpret(row_smem, gl.float32, [2 * CONSUMERS, CONSUMER_M], row_smem.type.layout)
+    offset = gl.full([CONSUMER_M], 0.0, gl.float32, HIGH_ROWS)
+    if OFFSET:
+        offset = row_values.index(CONSUMERS + INDEX).load(HIGH_ROWS)
+    return row_values.index(INDEX).load(ROWS), offset
+
+
+@gluon.jit
+def _accumulate(p, correction, value_smem, accumulator, FP8: gl.constexpr):
+    """`accumulator` [M, D] times the correction, plus PV of one block."""
+    OUT: gl.constexpr = accumulator.type.layout
+    operand = _probability_operand(p, FP8, gl.DotOperandLayout(0, OUT, 4 if FP8 else 2))
+    v = _value_tile(value_smem, FP8, p.shape[1], accumulator.shape[1])
+    v = v.reshape((v.shape[2], v.shape[3]))
+    if FP8:
+        # The tensor core adds FP8 products in about 14 bits, so each block is added up for itself: over
+        # 8,192 tokens one accumulator was 1.8e-2 off, and the more tokens the more.
+        zeros = gl.full(accumulator.shape, 0.0, gl.float32, OUT)
+        product = warpgroup_mma(operand, v.permute((1, 0)), zeros, use_acc=False)  # stored transposed
+        return _rescaled(accumulator, correction) + product
+    else:
+        return warpgroup_mma(operand, v, _rescaled(accumulator, correction))
 
 
 @gluon.jit
 def _consumer(
     INDEX: gl.constexpr,
-    query_smem, low_query, low_key, low_scale, low_value, high_key, high_scale, high_value,
-    query_full, low_full, low_empty,
-    high_key_full, high_key_empty, high_value_full, high_value_empty,
-    out, mean, value_scale, value_mean, tile_scale, bad_keys, scale_log2e, out_b, out_h, out_n,
-    batch, head, head_row, row0, position0, query_length, count, active,
-    high_a, high_blocks, diagonal_start, low_a, low_blocks, sink_stop, low_resume,
-    D: gl.constexpr, CAUSAL: gl.constexpr, SMOOTH: gl.constexpr, INT8: gl.constexpr,
-    HIGH_RAW: gl.constexpr, MASK_LOW: gl.constexpr, TILE_SCALE: gl.constexpr,
-    FP8_PV: gl.constexpr, SMOOTH_VALUE: gl.constexpr, LATE_MAXIMUM: gl.constexpr,
+    query_desc, query_smem, low_query, row_smem, channel_smem, key_smem, scale_smem, value_smem,
+    query_full, full, empty,
+    arguments, query, out, mean, tile_scale, scale_log2e, ranges,
+    HEADS: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr, CAUSAL: gl.constexpr, SMOOTH: gl.constexpr,
+    INT8: gl.constexpr, HIGH_RAW: gl.constexpr, MASK_LOW: gl.constexpr, TILE_SCALE: gl.constexpr,
+    FP8_PV: gl.constexpr, SMOOTH_VALUE: gl.constexpr,
+    RANGES: gl.constexpr, PRECISION_TILE: gl.constexpr, DIAGONAL: gl.constexpr, SINK: gl.constexpr,
 ):  # fmt: skip
-    """64 queries of the program's 128."""
-    M: gl.constexpr = 64
+    """64 queries of each tile's 192."""
+    M: gl.constexpr = CONSUMER_M
     # E4M3 holds 448; probabilities times 2^8 use its range (`reference.FP8_PROBABILITY_SCALE`)
     SHIFT: gl.constexpr = 8 if FP8_PV else 0
-    STAGES: gl.constexpr = low_key.shape[0]
+    STAGES: gl.constexpr = key_smem.shape[0]
     OFFSET: gl.constexpr = SMOOTH and HIGH_RAW
     LOW: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, LOW_N, 32])
     HIGH: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HIGH_N, 16 if HIGH_RAW else 32])
     OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 32 if FP8_PV else 16])
-    P: gl.constexpr = gl.DotOperandLayout(0, OUT, 4 if FP8_PV else 2)
     ROWS: gl.constexpr = gl.SliceLayout(1, LOW)
     HIGH_ROWS: gl.constexpr = gl.SliceLayout(1, HIGH)
     PRODUCTS: gl.constexpr = gl.int32 if INT8 else gl.float32
+    LOW_DTYPE: gl.constexpr = gl.int8 if INT8 else gl.float8e4nv
+    HIGH_DTYPE: gl.constexpr = gl.bfloat16 if HIGH_RAW else LOW_DTYPE
+    CHANNELS: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    FLOATS: gl.constexpr = gl.pointer_type(gl.float32)
     raw_query = query_smem.index(INDEX).reshape((M, D))
-    query = low_query.index(INDEX)
-    mbarrier.wait(query_full.index(INDEX), 0)
-    low_factor, offset = _low_query(
-        query_smem.index(INDEX), query, mean + head_row * D, scale_log2e, D, INT8, OFFSET, ROWS, HIGH_ROWS
-    )
-
-    # High tiles first: they hold most rows' largest scores, so the running maximum settles early.
-    row_max = gl.full([M], float("-inf"), gl.float32, HIGH_ROWS)
-    row_sum = gl.full([M], 0.0, gl.float32, HIGH_ROWS)
-    accumulator = gl.full([M, D], 0.0, gl.float32, OUT)
-    first_position = position0 + INDEX * M
-    positions = first_position + gl.arange(0, M, HIGH_ROWS)
-    if HIGH_RAW:
-        factor = gl.full([M], 1.0, gl.float32, HIGH_ROWS) * scale_log2e
-    else:
-        factor = gl.convert_layout(low_factor, HIGH_ROWS)
-    for block in range(high_blocks):
-        first = _first_key(block, high_a, 0, diagonal_start, HIGH_N)
-        stage = block % STAGES
-        phase = (block // STAGES) & 1
-        mbarrier.wait(high_key_full.index(stage), phase)
-        k = high_key.index(stage).reshape((HIGH_N, D)).permute((1, 0))
+    low_queries = _reinterpret(low_query, LOW_DTYPE, [CONSUMERS, M, D], gl.NVMMASharedLayout(D, 8, 2))
+    low_operand = low_queries.index(INDEX)
+    step = 0
+    for round in range(_get(arguments, TILES, gl.int32)):
+        query_length = _get(arguments, QUERY_LENGTH, gl.int32)
+        key_length = _get(arguments, KEY_LENGTH, gl.int32)
+        (
+            batch, head, head_row, row0, position0, _first_token, count,
+            high_a, high_blocks, diagonal_start, low_a, low_blocks, low_resume,
+        ) = _work(
+            _tile_of(round), _get(arguments, BATCHES, gl.int32), _get(arguments, BLOCKS_M, gl.int32),
+            ranges, query_length, key_length,
+            HEADS, GROUP, CAUSAL, RANGES, PRECISION_TILE, DIAGONAL, SINK,
+        )  # fmt: skip
+        first_row = row0 + INDEX * M
+        first_position = position0 + INDEX * M
         if HIGH_RAW:
-            start = gl.full([M, HIGH_N], 0.0, gl.float32, HIGH)
-            token = warpgroup_mma(raw_query, k, start, use_acc=False, is_async=True)
-            scores = warpgroup_mma_wait(0, deps=[token])
-        else:
-            start = gl.full([M, HIGH_N], 0, PRODUCTS, HIGH)
-            token = warpgroup_mma(query, k, start, use_acc=False, is_async=True)
-            key_scale = high_scale.index(stage).reshape((HIGH_N,)).load(gl.SliceLayout(0, HIGH))
-            scores = warpgroup_mma_wait(0, deps=[token]).to(gl.float32) * key_scale[None, :]
-        mbarrier.arrive(high_key_empty.index(stage), count=1)
-        visible_to_all = first + HIGH_N <= count
-        if CAUSAL:
-            visible_to_all = visible_to_all & (first + HIGH_N <= first_position + 1)
-        if not visible_to_all:
-            columns = first + gl.arange(0, HIGH_N, gl.SliceLayout(0, HIGH))
-            visible = (columns < count)[None, :]
-            if CAUSAL:
-                visible = visible & (columns[None, :] <= positions[:, None])
-            scores = gl.where(visible, scores, float("-inf"))
-        p, correction, row_max, sums = _softmax(scores, scores, factor, offset, row_max, SHIFT, OFFSET, True)
-        row_sum = row_sum * correction + gl.convert_layout(gl.sum(sums, 1), HIGH_ROWS)
-        packed = _probability_operand(p, FP8_PV, P)
-        mbarrier.wait(high_value_full.index(stage), phase)
-        v = _value_tile(high_value.index(stage), FP8_PV)
-        token = warpgroup_mma(_unpack(packed, FP8_PV), v, _rescaled(accumulator, correction), is_async=True)
-        accumulator = warpgroup_mma_wait(0, deps=[token])
-        _keep(packed, FP8_PV)
-        mbarrier.arrive(high_value_empty.index(stage), count=1)
+            bar = query_full.index(INDEX)
+            mbarrier.expect(bar, query_desc.block_type.nbytes)
+            _tma_load(query_desc, [batch, head, first_row, 0], bar, query_smem.index(INDEX))
+        query_n = _get(arguments, QUERY_N, gl.int64) * LOAD
+        queries = query + first_row * query_n
+        queries += batch * (_get(arguments, QUERY_B, gl.int64) * LOAD)
+        queries += head * (_get(arguments, QUERY_H, gl.int64) * LOAD)
+        # read here, long before the end, where they are needed
+        channel = head_row * D + gl.arange(0, D, CHANNELS)
+        if FP8_PV:
+            channel_smem.index(INDEX).store(gl.load(_get(arguments, VALUE_SCALE, FLOATS) + channel))
+        if SMOOTH_VALUE:
+            channel_smem.index(CONSUMERS + INDEX).store(
+                gl.load(_get(arguments, VALUE_MEAN, FLOATS) + channel)
+            )
+        low_factor, offset = _low_query(
+            queries, query_n, -first_row, query_length - first_row, mean + head_row * D, scale_log2e,
+            low_query, row_smem, INDEX, INT8, OFFSET, ROWS, HIGH_ROWS,
+        )  # fmt: skip
+        if HIGH_RAW:
+            mbarrier.wait(query_full.index(INDEX), round & 1)
 
-    # Low tiles, each with at least one key, which every row sees. Around the loop go the probabilities of
-    # the block before (packed), the correction they came with, and, in each thread, the sums of the columns
-    # it holds.
-    row_max = gl.convert_layout(row_max, ROWS)
-    row_sum = gl.convert_layout(row_sum, ROWS)
-    start = gl.full([M, LOW_N], 0, PRODUCTS, LOW)
-    zeros = gl.full([M, D], 0.0, gl.float32, OUT)
-    no_offset = gl.full([M], 0.0, gl.float32, ROWS)
-    if low_blocks > 0:
-        mbarrier.wait(low_full.index(0), 0)
-        k = low_key.index(0).reshape((LOW_N, D)).permute((1, 0))
-        score_token = warpgroup_mma(query, k, start, use_acc=False, is_async=True)
-        products = warpgroup_mma_wait(0, deps=[score_token])
-        scores = products.to(gl.float32)
-        block_factor = low_factor
-        if TILE_SCALE:
-            first = _first_key(0, low_a, sink_stop, low_resume, LOW_N)
-            block_factor = low_factor * gl.load(tile_scale + first // LOW_N)
+        my_start, my_stop = _diagonal(first_position, PRECISION_TILE, DIAGONAL, SINK)
+        limit = gl.minimum(count, first_position + M) if CAUSAL else count
+        limit = gl.where((first_row < query_length) & (first_row + M > 0), limit, 0)
+
+        # High tiles first: they hold most rows' largest scores, so the running maximum settles early.
+        row_max = gl.full([M], float("-inf"), gl.float32, HIGH_ROWS)
+        row_sum = gl.full([M], 0.0, gl.float32, HIGH_ROWS)
+        accumulator = gl.full([M, D], 0.0, gl.float32, OUT)
+        visible = gl.full([M], 0, gl.int32, HIGH_ROWS) + count  # keys that each row sees
+        if CAUSAL:
+            visible = gl.minimum(visible, first_position + 1 + gl.arange(0, M, HIGH_ROWS))
+        if HIGH_RAW:
+            factor = gl.full([M], 1.0, gl.float32, HIGH_ROWS) * scale_log2e
         else:
-            key_scale = low_scale.index(0).reshape((LOW_N,)).load(gl.SliceLayout(0, LOW))
-            scores = scores * key_scale[None, :]
-        mbarrier.arrive(low_empty.index(0), count=1)
-        if MASK_LOW:
-            scores = _cut(scores, _first_key(0, low_a, sink_stop, low_resume, LOW_N), count)
-        ORDERED: gl.constexpr = INT8 and TILE_SCALE and not MASK_LOW
-        ordered = products if ORDERED else scores
-        p, correction, row_max, sums = _softmax(
-            scores, ordered, block_factor, no_offset, row_max, SHIFT, False, False
-        )
-        row_sum = row_sum * correction
-        packed = _probability_operand(p, FP8_PV, P)
-        stage = 1
-        phase = 0
-        mbarrier.wait(low_full.index(stage), phase)
-        for block in range(1, low_blocks):
-            if not FP8_PV:
-                accumulator = _rescaled(accumulator, correction)
-            k = low_key.index(stage).reshape((LOW_N, D)).permute((1, 0))
-            score_token = warpgroup_mma(query, k, start, use_acc=False, is_async=True)
-            if TILE_SCALE:  # one number, loaded while the tensor core works: it joins the rows' factors
-                first = _first_key(block, low_a, sink_stop, low_resume, LOW_N)
-                block_scale = gl.load(tile_scale + first // LOW_N)
-            v = _value_tile(low_value.index(stage), FP8_PV)
-            # The tensor core adds FP8 products in about 14 bits, so each block is added up for itself: over
-            # 8,192 tokens one accumulator was 1.8e-2 off, and the more tokens the more.
-            addend = zeros if FP8_PV else accumulator
-            value_token = warpgroup_mma(_unpack(packed, FP8_PV), v, addend, use_acc=not FP8_PV, is_async=True)
-            products = warpgroup_mma_wait(1, deps=[score_token])
-            scores = products.to(gl.float32)
-            block_factor = low_factor
-            if TILE_SCALE:
-                block_factor = low_factor * block_scale
-            else:
-                key_scale = low_scale.index(stage).reshape((LOW_N,)).load(gl.SliceLayout(0, LOW))
-                scores = scores * key_scale[None, :]
-            if MASK_LOW:
-                scores = _cut(scores, _first_key(block, low_a, sink_stop, low_resume, LOW_N), count)
-            last_correction = correction
-            if LATE_MAXIMUM:
-                p, correction, row_max, more = _late_maximum_softmax(scores, block_factor, row_max, SHIFT)
-                sums = _rescaled(sums + more, correction)
-            else:
-                ordered = products if ORDERED else scores
+            factor = gl.convert_layout(low_factor, HIGH_ROWS)
+        for block in range(high_blocks):
+            first = _first_key(block, high_a, 0, diagonal_start, HIGH_N)
+            stage = step % STAGES
+            mbarrier.wait(full.index(stage), (step // STAGES) & 1)
+            if (first < limit) & ((first < SINK) | ((first >= my_start) & (first < my_stop))):
+                k = _stage_tile(key_smem.index(stage), HIGH_DTYPE, HIGH_N, D).reshape((HIGH_N, D))
+                if HIGH_RAW:
+                    start = gl.full([M, HIGH_N], 0.0, gl.float32, HIGH)
+                    scores = warpgroup_mma(raw_query, k.permute((1, 0)), start, use_acc=False)
+                else:
+                    start = gl.full([M, HIGH_N], 0, PRODUCTS, HIGH)
+                    products = warpgroup_mma(low_operand, k.permute((1, 0)), start, use_acc=False)
+                    scales = scale_smem.index(stage).reshape((LOW_N,)).slice(0, HIGH_N)
+                    scores = products.to(gl.float32) * scales.load(gl.SliceLayout(0, HIGH))[None, :]
+                visible_to_all = gl.minimum(count, first_position + 1) if CAUSAL else count
+                if first + HIGH_N > visible_to_all:
+                    scores = _cut(scores, visible - first)
+                p, correction, row_max, sums = _softmax(
+                    scores, scores, factor, offset, row_max, SHIFT, OFFSET, True
+                )
+                row_sum = row_sum * correction + gl.convert_layout(gl.sum(sums, 1), HIGH_ROWS)
+                accumulator = _accumulate(p, correction, value_smem.index(stage), accumulator, FP8_PV)
+            mbarrier.arrive(empty.index(stage), count=1)
+            step += 1
+
+        # Low tiles, each with at least one key, which every row sees. A thread keeps the sums of the columns
+        # that it holds to itself; those of the high tiles join the first column.
+        row_max = gl.convert_layout(row_max, ROWS)
+        sums = _partial(gl.full([M, LOW_N], 0.0, gl.float32, LOW), False)
+        first_column = gl.arange(0, sums.shape[1], gl.SliceLayout(0, sums.type.layout)) == 0
+        row_sum = gl.convert_layout(row_sum, gl.SliceLayout(1, sums.type.layout))
+        sums = gl.where(first_column[None, :], row_sum[:, None], sums)
+        start = gl.full([M, LOW_N], 0, PRODUCTS, LOW)
+        no_offset = gl.full([M], 0.0, gl.float32, ROWS)
+        low_stop = gl.minimum(my_start, limit)
+        head_scales = tile_scale + head_row * ((key_length + LOW_N - 1) // LOW_N)
+        for block in range(low_blocks):
+            first = _first_key(block, low_a, SINK, low_resume, LOW_N)
+            stage = step % STAGES
+            mbarrier.wait(full.index(stage), (step // STAGES) & 1)
+            mine = first < low_stop
+            if not CAUSAL:
+                mine |= (first >= my_stop) & (first < limit)
+            if mine:
+                k = _stage_tile(key_smem.index(stage), LOW_DTYPE, LOW_N, D).reshape((LOW_N, D))
+                products = warpgroup_mma(low_operand, k.permute((1, 0)), start, use_acc=False)
+                scores = products.to(gl.float32)
+                if TILE_SCALE:  # one number: it joins the rows' factors
+                    block_factor = low_factor * gl.load(head_scales + first // LOW_N)
+                else:
+                    block_factor = low_factor
+                    key_scale = scale_smem.index(stage).reshape((LOW_N,)).load(gl.SliceLayout(0, LOW))
+                    scores = scores * key_scale[None, :]
+                if MASK_LOW:  # noqa: SIM102 - one condition is the compiler's, the other the GPU's
+                    if first + LOW_N > count:
+                        scores = _cut(scores, gl.full([M], 0, gl.int32, ROWS) + (count - first))
+                ordered = products if INT8 and TILE_SCALE and not MASK_LOW else scores
                 p, correction, row_max, more = _softmax(
                     scores, ordered, block_factor, no_offset, row_max, SHIFT, False, False
                 )
                 sums = _rescaled(sums, correction) + more
-            row_sum = row_sum * correction
-            # The wait for the next keys stands here so that there is a branch between the softmax and the
-            # wait for PV. With 16-bit PV, which takes twice as long, the assembler then leaves the
-            # exponentials before that wait. FP8 PV is done by then, and most variants have them behind it,
-            # beside the accumulator's additions.
-            next_stage = gl.where(stage == STAGES - 1, 0, stage + 1)
-            phase ^= (next_stage == 0).to(gl.int32)
-            mbarrier.wait(low_full.index(next_stage), phase)
-            product = warpgroup_mma_wait(0, deps=[value_token])
-            _keep(packed, FP8_PV)
-            mbarrier.arrive(low_empty.index(stage), count=1)
-            stage = next_stage
-            accumulator = (_rescaled(accumulator, last_correction) + product) if FP8_PV else product
-            # Not before the wait: writing registers that a product will read while another one runs makes
-            # the assembler serialise them all (note C7513).
-            packed = _probability_operand(p, FP8_PV, P)
-        v = _value_tile(low_value.index(stage), FP8_PV)
-        addend = zeros if FP8_PV else _rescaled(accumulator, correction)
-        value_token = warpgroup_mma(_unpack(packed, FP8_PV), v, addend, use_acc=not FP8_PV, is_async=True)
-        product = warpgroup_mma_wait(0, deps=[value_token])
-        accumulator = (_rescaled(accumulator, correction) + product) if FP8_PV else product
-        _keep(packed, FP8_PV)
-        row_sum += gl.convert_layout(gl.sum(sums, 1), ROWS)
-        if LATE_MAXIMUM:
-            # the exponentials overflowed, or the query holds a NaN: the repair does the head again
-            flag = gl.full([M], 1, gl.int32, ROWS)
-            gl.store(bad_keys + head_row + 0 * flag, flag, mask=~(row_sum < float("inf")))
+                accumulator = _accumulate(p, correction, value_smem.index(stage), accumulator, FP8_PV)
+            mbarrier.arrive(empty.index(stage), count=1)
+            step += 1
 
-    if active:
         # a row that saw no key is zeros, as in SDPA; NaN sums stay NaN
+        row_sum = gl.convert_layout(gl.sum(sums, 1), ROWS)
         accumulator = _rescaled(accumulator, 1.0 / gl.where(row_sum == 0.0, 1.0, row_sum))
-        column = gl.arange(0, D, gl.SliceLayout(0, OUT))
         if FP8_PV:
-            accumulator = accumulator * gl.load(value_scale + head_row * D + column)[None, :]
+            channel_scale = channel_smem.index(INDEX).load(gl.SliceLayout(0, OUT))
+            accumulator = accumulator * channel_scale[None, :]
         if SMOOTH_VALUE:
-            average = accumulator + gl.load(value_mean + head_row * D + column)[None, :]
-            empty = gl.convert_layout(row_sum == 0.0, gl.SliceLayout(1, OUT))
-            accumulator = gl.where(empty[:, None], 0.0, average)
+            channel_mean = channel_smem.index(CONSUMERS + INDEX).load(gl.SliceLayout(0, OUT))
+            empty_row = gl.convert_layout(row_sum == 0.0, gl.SliceLayout(1, OUT))
+            accumulator = gl.where(empty_row[:, None], 0.0, accumulator + channel_mean[None, :])
         # Through the query's own shared memory, which is free now, rows become contiguous. They are not
         # stored by the copy engine: a store that starts at a negative row is an illegal instruction.
         raw_query.store(accumulator.to(raw_query.dtype))
         _sync_threads()
         TILE: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
-        row = row0 + INDEX * M + gl.arange(0, M, gl.SliceLayout(1, TILE))
-        base = out + batch.to(gl.int64) * out_b + head.to(gl.int64) * out_h
-        pointers = (
-            base + row.to(gl.int64)[:, None] * out_n + gl.arange(0, D, gl.SliceLayout(0, TILE))[None, :]
-        )
+        row = first_row + gl.arange(0, M, gl.SliceLayout(1, TILE))
+        query_length = _get(arguments, QUERY_LENGTH, gl.int32)
+        row_out = (batch.to(gl.int64) * query_length + row) * HEADS + head
+        pointers = out + row_out[:, None] * D + gl.arange(0, D, gl.SliceLayout(0, TILE))[None, :]
         real = (row >= 0) & (row < query_length)
         gl.store(pointers, raw_query.load(TILE), mask=gl.broadcast(real[:, None], pointers)[0])
+        # the copy engine writes there next
+        fence_async_shared()
+        _sync_threads()
 
 
 @gluon.jit
@@ -626,66 +699,45 @@ def _barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
 
 
 # lengths vary from call to call: a kernel for each divisibility, or for length 1, would be compiled in vain
-@gluon.jit(do_not_specialize=["query_length", "key_length"])
+@gluon.jit(do_not_specialize=["batches", "blocks_m", "query_length", "key_length"])
 def _hopper_kernel(
-    query_desc, low_key_desc, high_key_desc, low_scale_desc, high_scale_desc, low_value_desc, high_value_desc,
-    out, mean, value_scale, value_mean, tile_scale, tiles, bad_keys, ranges, query_length, key_length,
-    scale_log2e, out_b, out_h, out_n,
-    GROUP: gl.constexpr, D: gl.constexpr, CAUSAL: gl.constexpr, SMOOTH: gl.constexpr, INT8: gl.constexpr,
-    HIGH_RAW: gl.constexpr, MASK_LOW: gl.constexpr, TILE_SCALE: gl.constexpr,
-    FP8_PV: gl.constexpr, SMOOTH_VALUE: gl.constexpr, LATE_MAXIMUM: gl.constexpr,
-    PRECISION_TILE: gl.constexpr, DIAGONAL: gl.constexpr, SINK: gl.constexpr,
+    query_desc, low_key_desc, high_key_desc, scale_desc, low_value_desc, high_value_desc,
+    query, out, mean, value_scale, value_mean, tile_scale, ranges,
+    batches, blocks_m, query_length, key_length, scale_log2e, query_b, query_h, query_n,
+    HEADS: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr, CAUSAL: gl.constexpr, SMOOTH: gl.constexpr,
+    INT8: gl.constexpr, HIGH_RAW: gl.constexpr, MASK_LOW: gl.constexpr, TILE_SCALE: gl.constexpr,
+    FP8_PV: gl.constexpr, SMOOTH_VALUE: gl.constexpr,
+    RANGES: gl.constexpr, PRECISION_TILE: gl.constexpr, DIAGONAL: gl.constexpr, SINK: gl.constexpr,
     STAGES: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    # heads vary fastest and query blocks run from the last to the first: the longest rows of all heads
-    # start together, and the short ones fill the gaps at the end
-    head, batch = gl.program_id(0), gl.program_id(1)
-    block_m = gl.num_programs(2) - 1 - gl.program_id(2)
-    kv_head = head // GROUP
-    head_row = batch * (gl.num_programs(0) // GROUP) + kv_head
-    first_token = 0
-    count = key_length
-    if ranges is not None:
-        first_token = gl.load(ranges + batch * 2)
-        count = gl.load(ranges + batch * 2 + 1) - first_token
-
-    # positions count from the sequence's first real token; & -BLOCK_M rounds down, negatives too
-    query_offset = key_length - query_length - first_token
-    position0 = (query_offset & -BLOCK_M) + block_m * BLOCK_M
-    row0 = position0 - query_offset
-    # a head whose K holds a NaN or Inf is left to the portable kernel's repair
-    active = (row0 < query_length) & (row0 + BLOCK_M > 0) & (gl.load(bad_keys + head_row) == 0)
-
-    # the regions of this block's row of precision tiles, in tokens (design: sink, then low, then diagonal)
-    tile0 = position0 & -PRECISION_TILE
-    limit = gl.minimum(count, position0 + BLOCK_M) if CAUSAL else count
-    limit = gl.where(active, limit, 0)
-    sink_stop = gl.minimum(SINK, limit)
-    diagonal_start = limit
-    diagonal_stop = limit
-    low_resume = limit
-    if DIAGONAL > 0:
-        diagonal_start = gl.minimum(gl.maximum(tile0 + PRECISION_TILE - DIAGONAL, SINK), limit)
-        if not CAUSAL:
-            diagonal_stop = gl.minimum(tile0 + DIAGONAL, limit)
-            low_resume = gl.maximum(diagonal_stop, sink_stop)
-    high_a = _block_count(0, sink_stop, HIGH_N)
-    high_blocks = high_a + _block_count(diagonal_start, diagonal_stop, HIGH_N)
-    low_a = _block_count(sink_stop, diagonal_start, LOW_N)
-    low_blocks = low_a + _block_count(low_resume, limit, LOW_N)
-
-    query_smem = _tiles(query_desc, 2)
-    low_query = gl.allocate_shared_memory(low_key_desc.dtype, [2, 64, D], gl.NVMMASharedLayout(D, 8, 2))
-    low_key, high_key = _tiles(low_key_desc, STAGES), _tiles(high_key_desc, STAGES)
+    query_smem = _tiles(query_desc, CONSUMERS)
+    CHUNKS: gl.constexpr = BLOCK_M // CHUNK
+    PLAIN: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    low_query = gl.allocate_shared_memory(
+        low_key_desc.dtype, [CHUNKS, CHUNK, D], gl.NVMMASharedLayout(D, 8, 2)
+    )
+    row_smem = gl.allocate_shared_memory(gl.float32, [2 * CHUNKS, CHUNK], PLAIN)
+    channel_smem = gl.allocate_shared_memory(gl.float32, [2 * CONSUMERS, D], PLAIN)
+    key_smem = _tiles(low_key_desc, STAGES)
     if TILE_SCALE:
-        low_scale, high_scale = low_key, high_key  # not read
+        scale_smem = key_smem  # not read
     else:
-        low_scale, high_scale = _tiles(low_scale_desc, STAGES), _tiles(high_scale_desc, STAGES)
-    low_value, high_value = _tiles(low_value_desc, STAGES), _tiles(high_value_desc, STAGES)
-    query_full = _barriers(2, 1)
-    low_full, low_empty = _barriers(STAGES, 1), _barriers(STAGES, 2)
-    high_key_full, high_key_empty = _barriers(STAGES, 1), _barriers(STAGES, 2)
-    high_value_full, high_value_empty = _barriers(STAGES, 1), _barriers(STAGES, 2)
+        scale_smem = _tiles(scale_desc, STAGES)
+    value_smem = _tiles(low_value_desc, STAGES)
+    arguments = gl.allocate_shared_memory(gl.int64, [ARGUMENTS, 1], PLAIN)
+    _put(arguments, TILES, _tile_count(HEADS * batches * blocks_m))
+    _put(arguments, BATCHES, batches)
+    _put(arguments, BLOCKS_M, blocks_m)
+    _put(arguments, QUERY_LENGTH, query_length)
+    _put(arguments, KEY_LENGTH, key_length)
+    # in whole loads, so that the compiler sees that rows start at one
+    _put(arguments, QUERY_B, query_b // LOAD)
+    _put(arguments, QUERY_H, query_h // LOAD)
+    _put(arguments, QUERY_N, query_n // LOAD)
+    _put(arguments, VALUE_SCALE, value_scale)
+    _put(arguments, VALUE_MEAN, value_mean)
+    query_full = _barriers(CONSUMERS, 1)
+    full, empty = _barriers(STAGES, 1), _barriers(STAGES, CONSUMERS)
     fence_async_shared()
 
     # The arguments are spelt out: a tuple in a variable would lose what is known at compile time.
@@ -693,39 +745,37 @@ def _hopper_kernel(
         [
             (_consumer, (
                 0,
-                query_smem, low_query, low_key, low_scale, low_value, high_key, high_scale, high_value,
-                query_full, low_full, low_empty,
-                high_key_full, high_key_empty, high_value_full, high_value_empty,
-                out, mean, value_scale, value_mean, tile_scale + head_row * tiles, bad_keys,
-                scale_log2e, out_b, out_h, out_n,
-                batch, head, head_row, row0, position0, query_length, count, active,
-                high_a, high_blocks, diagonal_start, low_a, low_blocks, sink_stop, low_resume,
-                D, CAUSAL, SMOOTH, INT8, HIGH_RAW, MASK_LOW, TILE_SCALE, FP8_PV, SMOOTH_VALUE, LATE_MAXIMUM,
+                query_desc, query_smem, low_query, row_smem, channel_smem, key_smem, scale_smem, value_smem,
+                query_full, full, empty,
+                arguments, query, out, mean, tile_scale, scale_log2e, ranges,
+                HEADS, GROUP, D, CAUSAL, SMOOTH, INT8, HIGH_RAW, MASK_LOW, TILE_SCALE, FP8_PV, SMOOTH_VALUE,
+                RANGES, PRECISION_TILE, DIAGONAL, SINK,
             )),
             (_consumer, (
                 1,
-                query_smem, low_query, low_key, low_scale, low_value, high_key, high_scale, high_value,
-                query_full, low_full, low_empty,
-                high_key_full, high_key_empty, high_value_full, high_value_empty,
-                out, mean, value_scale, value_mean, tile_scale + head_row * tiles, bad_keys,
-                scale_log2e, out_b, out_h, out_n,
-                batch, head, head_row, row0, position0, query_length, count, active,
-                high_a, high_blocks, diagonal_start, low_a, low_blocks, sink_stop, low_resume,
-                D, CAUSAL, SMOOTH, INT8, HIGH_RAW, MASK_LOW, TILE_SCALE, FP8_PV, SMOOTH_VALUE, LATE_MAXIMUM,
+                query_desc, query_smem, low_query, row_smem, channel_smem, key_smem, scale_smem, value_smem,
+                query_full, full, empty,
+                arguments, query, out, mean, tile_scale, scale_log2e, ranges,
+                HEADS, GROUP, D, CAUSAL, SMOOTH, INT8, HIGH_RAW, MASK_LOW, TILE_SCALE, FP8_PV, SMOOTH_VALUE,
+                RANGES, PRECISION_TILE, DIAGONAL, SINK,
+            )),
+            (_consumer, (
+                2,
+                query_desc, query_smem, low_query, row_smem, channel_smem, key_smem, scale_smem, value_smem,
+                query_full, full, empty,
+                arguments, query, out, mean, tile_scale, scale_log2e, ranges,
+                HEADS, GROUP, D, CAUSAL, SMOOTH, INT8, HIGH_RAW, MASK_LOW, TILE_SCALE, FP8_PV, SMOOTH_VALUE,
+                RANGES, PRECISION_TILE, DIAGONAL, SINK,
             )),
             (_producer, (
-                query_desc, low_key_desc, high_key_desc, low_scale_desc, high_scale_desc,
-                low_value_desc, high_value_desc,
-                query_smem, low_key, low_scale, low_value, high_key, high_scale, high_value,
-                query_full, low_full, low_empty,
-                high_key_full, high_key_empty, high_value_full, high_value_empty,
-                batch, head, kv_head, head_row, row0, first_token,
-                high_a, high_blocks, diagonal_start, low_a, low_blocks, sink_stop, low_resume,
-                HIGH_RAW, TILE_SCALE, FP8_PV,
+                low_key_desc, high_key_desc, scale_desc, low_value_desc, high_value_desc,
+                key_smem, scale_smem, value_smem, full, empty,
+                batches, blocks_m, ranges, query_length, key_length,
+                HEADS, GROUP, D, CAUSAL, HIGH_RAW, TILE_SCALE, FP8_PV, RANGES, PRECISION_TILE, DIAGONAL, SINK,
             )),
         ],
-        [4, 1],
-        [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
+        [4, 4, 1],
+        [CONSUMER_REGISTERS, CONSUMER_REGISTERS, PRODUCER_REGISTERS],
     )  # fmt: skip
 
 
@@ -754,8 +804,7 @@ def attend_hopper(
 
     Returns:
         [B, H, M, D], stored as [B, M, H, D]. Rows of heads that `quantized.bad_keys` flags are not to be
-        used: the portable kernel's repair does them. The kernel flags further heads (see LATE_MAXIMUM_DIM),
-        so the repair is launched afterwards.
+        used: the portable kernel's repair does them.
     """
     batch, heads, query_length, dim = query.shape
     kv_heads, key_length = key.shape[1:3]
@@ -766,10 +815,9 @@ def attend_hopper(
     diagonal, sink = (config.tile, 0) if low is high else (config.diagonal, config.sink)
     launches = Launches(query.device) if launches is None else launches
     out = launches.output((batch, query_length, heads, dim), query.dtype).transpose(1, 2)
-    high_key = key if high.elements is None else high.elements
     scales = low.scale.flatten(0, 1)
     tile_scale = FORMATS[low.format].key_tokens > 1
-    low_n, high_n, block_m = LOW_N.value, HIGH_N.value, BLOCK_M.value
+    low_n, high_n, block_m, consumer_m = LOW_N.value, HIGH_N.value, BLOCK_M.value, CONSUMER_M.value
     # without padding, a causal low tile lies wholly in the past: only these cases cut one
     mask_low = key_ranges is not None or (not causal and key_length % low_n != 0)
     if isinstance(value, QuantizedValue):
@@ -779,31 +827,30 @@ def attend_hopper(
         values, value_scale, value_mean = value, None, None
         value_blocks = [1, 1, low_n, dim], [1, 1, high_n, dim]
     low_key = _descriptor(low.elements, [1, 1, low_n, dim])
-    # the copy engine brings in the scales of single keys; a partition takes no None: any descriptor or
-    # tensor stands for what is not read
-    low_scales = low_key if tile_scale else _descriptor(scales, [1, low_n])
-    high_scales = low_key if tile_scale else _descriptor(scales, [1, high_n])
     if key_ranges is None:
-        blocks_m = triton.cdiv((key_length - query_length) % block_m + query_length, block_m)
+        rows = (key_length - query_length) % consumer_m + query_length
     else:  # where a row's first block starts is known on the device only
-        blocks_m = triton.cdiv(query_length - 1, block_m) + 1
+        rows = consumer_m - 1 + query_length
+    blocks_m = triton.cdiv(rows, block_m)
     launches.launch(
-        _hopper_kernel, (heads, batch, blocks_m),
-        _descriptor(query, [1, 1, 64, dim]),
-        low_key, _descriptor(high_key, [1, 1, high_n, dim]), low_scales, high_scales,
+        _hopper_kernel, (min(multiprocessors(query.device), heads * batch * blocks_m),),
+        _descriptor(query, [1, 1, consumer_m, dim]),
+        low_key, _descriptor(key if high.elements is None else high.elements, [1, 1, high_n, dim]),
+        # the copy engine brings in the scales of single keys; a partition takes no None: any descriptor or
+        # tensor stands for what is not read
+        low_key if tile_scale else _descriptor(scales, [1, low_n]),
         _descriptor(values, value_blocks[0]), _descriptor(values, value_blocks[1]),
-        out,
+        query, out,
         scales if quantized.mean is None else quantized.mean,
         scales if value_scale is None else value_scale, scales if value_mean is None else value_mean,
-        scales, scales.shape[1],
-        quantized.bad_keys, key_ranges, query_length, key_length, scale * LOG2_E, *out.stride()[:3],
-        GROUP=heads // kv_heads, D=dim, CAUSAL=causal, SMOOTH=quantized.mean is not None,
+        scales, scales if key_ranges is None else key_ranges,
+        batch, blocks_m, query_length, key_length, scale * LOG2_E, *query.stride()[:3],
+        HEADS=heads, GROUP=heads // kv_heads, D=dim, CAUSAL=causal, SMOOTH=quantized.mean is not None,
         INT8=low.kind == "int8", HIGH_RAW=high.elements is None, MASK_LOW=mask_low, TILE_SCALE=tile_scale,
-        FP8_PV=value_scale is not None, SMOOTH_VALUE=value_mean is not None,
-        LATE_MAXIMUM=dim == LATE_MAXIMUM_DIM,
+        FP8_PV=value_scale is not None, SMOOTH_VALUE=value_mean is not None, RANGES=key_ranges is not None,
         PRECISION_TILE=config.tile, DIAGONAL=diagonal, SINK=sink,
-        STAGES=2 if value_scale is None and dim == 128 else STAGES,
-        CONSUMER_REGISTERS=CONSUMER_REGISTERS, PRODUCER_REGISTERS=PRODUCER_REGISTERS, num_warps=4,
+        STAGES=STAGES, CONSUMER_REGISTERS=CONSUMER_REGISTERS, PRODUCER_REGISTERS=PRODUCER_REGISTERS,
+        num_warps=4,
     )  # fmt: skip
     return out
 
