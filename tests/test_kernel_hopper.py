@@ -252,7 +252,7 @@ def test_every_number_of_low_blocks(config: DMAConfig, bound: float) -> None:
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize(
     ("tile", "diagonal", "sink"),
-    [(128, 128, 0), (128, 256, 384), (128, 384, 128), (256, 256, 256), (384, 384, 0)],
+    [(128, 128, 0), (128, 256, 384), (128, 384, 128), (256, 256, 256), (512, 512, 0)],
 )
 def test_consumers_in_different_precision_tiles(tile: int, diagonal: int, sink: int, causal: bool) -> None:
     """A program's 192 queries lie in two tiles, whose low and diagonal blocks are not the same."""
