@@ -9,7 +9,7 @@ Gluon shows registers and shared memory as they are; a few things here are done 
 assembler's sake, and say so.
 """
 
-from __future__ import annotations
+from typing import Any
 
 import torch
 import triton
@@ -23,6 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton.language.core import _aggregate  # Gluon has no public name for it yet
 
 from ..config import DMAConfig
 from ..formats import FORMATS
@@ -103,6 +104,80 @@ def why_not_hopper(
         if tensor.data_ptr() % 16 or any(stride % 8 for stride in tensor.stride()[:-1]):
             return f"{name} is not laid out in steps of 16 bytes"
     return None
+
+
+def _record(cls: type) -> Any:
+    """A class of annotated fields as a value of Gluon's, made of these fields in their order."""
+
+    def __init__(self: Any, *values: Any) -> None:
+        for name, value in zip(cls.__annotations__, values, strict=True):
+            setattr(self, name, value)
+
+    __init__.__triton_builtin__ = True  # type: ignore[attr-defined]  # called as it is, not compiled
+    cls.__init__ = __init__  # type: ignore[misc]
+    return _aggregate(cls)
+
+
+@_record
+class _Setting:
+    """What a kernel is compiled for."""
+
+    HEADS: gl.constexpr
+    GROUP: gl.constexpr  # query heads of a KV head
+    D: gl.constexpr
+    CAUSAL: gl.constexpr
+    SMOOTH: gl.constexpr  # K is stored without its mean
+    INT8: gl.constexpr  # low tiles are INT8, else E4M3
+    HIGH_RAW: gl.constexpr  # high tiles are the given Q and K, else as low ones
+    MASK_LOW: gl.constexpr  # the last low block may be cut
+    TILE_SCALE: gl.constexpr  # one scale for 128 keys, else one a key
+    FP8_PV: gl.constexpr
+    SMOOTH_VALUE: gl.constexpr  # V is stored without its mean
+    RANGES: gl.constexpr  # there is padding
+    PRECISION_TILE: gl.constexpr
+    DIAGONAL: gl.constexpr
+    SINK: gl.constexpr
+
+
+@_record
+class _Memory:
+    """A program's shared memory and its barriers."""
+
+    raw_query: gl.shared_memory_descriptor  # [CONSUMERS, 1, 1, 64, D]
+    query: gl.shared_memory_descriptor  # quantised: [CONSUMERS * chunks, CHUNK, D]
+    rows: gl.shared_memory_descriptor  # scales, then offsets, of queries: [2 * CONSUMERS * chunks, CHUNK]
+    channels: gl.shared_memory_descriptor  # scales, then means, of V's channels: [2 * CONSUMERS, D]
+    key: gl.shared_memory_descriptor  # [STAGES, 1, 1, N, D]
+    key_scale: gl.shared_memory_descriptor  # [STAGES, 1, N]; not read where tiles have one scale
+    value: gl.shared_memory_descriptor  # [STAGES, 1, 1, N, D], or [STAGES, 1, 1, D, N] in FP8
+    arguments: gl.shared_memory_descriptor  # [ARGUMENTS, 1], see `_get`
+    query_full: gl.shared_memory_descriptor
+    full: gl.shared_memory_descriptor
+    empty: gl.shared_memory_descriptor
+
+
+@_record
+class _Work:
+    """Where a tile of 192 queries lies, and which blocks of keys its consumers need between them.
+
+    These are the blocks that any consumer needs (design: sink, then low, then diagonal); each skips what is
+    not its. High: `high_a` blocks from key 0, the rest of `high_blocks` from `diagonal_start`. Low: `low_a`
+    blocks from key SINK, the rest of `low_blocks` from `low_resume`.
+    """
+
+    batch: gl.tensor
+    head: gl.tensor
+    head_row: gl.tensor  # of the KV head, among those of all sequences
+    row: gl.tensor  # of the first query, in memory
+    position: gl.tensor  # and in its sequence
+    first_token: gl.tensor  # of the sequence
+    count: gl.tensor  # its keys
+    high_a: gl.tensor
+    high_blocks: gl.tensor
+    diagonal_start: gl.tensor
+    low_a: gl.tensor
+    low_blocks: gl.tensor
+    low_resume: gl.tensor
 
 
 @gluon.jit
@@ -241,16 +316,16 @@ def _first_key(block, blocks_a, start_a, start_b, N: gl.constexpr):
 
 
 @gluon.jit
-def _diagonal(position, PRECISION_TILE: gl.constexpr, DIAGONAL: gl.constexpr, SINK: gl.constexpr):
+def _diagonal(position, setting):
     """First key of the diagonal tiles of the query at `position`, and the one behind the last.
 
     Without diagonal tiles, a place that no key is at.
     """
-    tile = position & -PRECISION_TILE
+    tile = position & -setting.PRECISION_TILE
     start, stop = 0x7FFFFF00, 0x7FFFFF00
-    if DIAGONAL > 0:
-        start = gl.maximum(tile + PRECISION_TILE - DIAGONAL, SINK)
-        stop = gl.maximum(tile + DIAGONAL, SINK)
+    if setting.DIAGONAL > 0:
+        start = gl.maximum(tile + setting.PRECISION_TILE - setting.DIAGONAL, setting.SINK)
+        stop = gl.maximum(tile + setting.DIAGONAL, setting.SINK)
     return start, stop
 
 
@@ -262,14 +337,14 @@ def _put(arguments, place: gl.constexpr, number):
 
 
 @gluon.jit
-def _get(arguments, place: gl.constexpr, dtype: gl.constexpr):
+def _get(memory, place: gl.constexpr, dtype: gl.constexpr):
     """A number or an address from shared memory.
 
     A consumer gets here what it needs between its loops only. As its arguments, these would take registers
     that the loops do not have: 14 loads and stores of spilt registers in every step of the long loop.
     """
     ONE: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-    return gl.max(arguments.index(place).load(ONE), 0).to(dtype)
+    return gl.max(memory.arguments.index(place).load(ONE), 0).to(dtype)
 
 
 @gluon.jit
@@ -291,69 +366,40 @@ def _tile_of(round):
 
 
 @gluon.jit
-def _work(
-    tile, batches, blocks_m, ranges, query_length, key_length,
-    HEADS: gl.constexpr, GROUP: gl.constexpr, CAUSAL: gl.constexpr, RANGES: gl.constexpr,
-    PRECISION_TILE: gl.constexpr, DIAGONAL: gl.constexpr, SINK: gl.constexpr,
-):  # fmt: skip
-    """Where a tile of 192 queries lies, and which blocks of keys its consumers need between them.
-
-    Returns:
-        batch, head, head_row (of the KV head among those of all sequences), row0 and position0 of the first
-        query, first_token and count of the sequence's keys, then the blocks that any consumer needs
-        (design: sink, then low, then diagonal; each skips what is not its): high_a blocks from key 0 and
-        the rest of high_blocks from diagonal_start; low_a blocks from key SINK and the rest of low_blocks
-        from low_resume.
-    """
+def _work(tile, batches, blocks_m, ranges, query_length, key_length, setting):
+    """The `_Work` of one tile."""
     # heads vary fastest and query blocks run from the last to the first: the longest rows of all heads
     # start together, and the short ones fill the gaps at the end
-    head = tile % HEADS
-    tile = tile // HEADS
+    head = tile % setting.HEADS
+    tile = tile // setting.HEADS
     batch = tile % batches
     block_m = blocks_m - 1 - tile // batches
-    head_row = batch * (HEADS // GROUP) + head // GROUP
-    first_token = 0
+    head_row = batch * (setting.HEADS // setting.GROUP) + head // setting.GROUP
+    first_token = gl.to_tensor(0)
     count = key_length
-    if RANGES:
+    if setting.RANGES:
         first_token = gl.load(ranges + batch * 2)
         count = gl.load(ranges + batch * 2 + 1) - first_token
 
     # Positions count from the sequence's first real token; & rounds down, negatives too. A consumer's
     # queries lie in one precision tile, a program's in two at most.
     query_offset = key_length - query_length - first_token
-    position0 = (query_offset & -CONSUMER_M) + block_m * BLOCK_M
-    row0 = position0 - query_offset
-    limit = gl.minimum(count, position0 + BLOCK_M) if CAUSAL else count
-    limit = gl.where((row0 < query_length) & (row0 + BLOCK_M > 0), limit, 0)
-    diagonal_start, low_resume = _diagonal(position0, PRECISION_TILE, DIAGONAL, SINK)
-    low_stop, diagonal_stop = _diagonal(position0 + BLOCK_M - CONSUMER_M, PRECISION_TILE, DIAGONAL, SINK)
-    high_a = _block_count(0, gl.minimum(SINK, limit), HIGH_N)
+    position = (query_offset & -CONSUMER_M) + block_m * BLOCK_M
+    row = position - query_offset
+    limit = gl.minimum(count, position + BLOCK_M) if setting.CAUSAL else count
+    limit = gl.where((row < query_length) & (row + BLOCK_M > 0), limit, 0)
+    diagonal_start, low_resume = _diagonal(position, setting)
+    low_stop, diagonal_stop = _diagonal(position + BLOCK_M - CONSUMER_M, setting)
+    high_a = _block_count(0, gl.minimum(setting.SINK, limit), HIGH_N)
     high_blocks = high_a + _block_count(diagonal_start, gl.minimum(diagonal_stop, limit), HIGH_N)
-    low_a = _block_count(SINK, gl.minimum(low_stop, limit), LOW_N)
+    low_a = _block_count(setting.SINK, gl.minimum(low_stop, limit), LOW_N)
     low_blocks = low_a
-    if not CAUSAL:
+    if not setting.CAUSAL:
         low_blocks += _block_count(low_resume, limit, LOW_N)
-    return (
-        batch, head, head_row, row0, position0, first_token, count,
-        high_a, high_blocks, diagonal_start, low_a, low_blocks, low_resume,
+    return _Work(  # type: ignore[call-arg]  # see `_record`
+        batch, head, head_row, row, position, first_token, count,
+        high_a, high_blocks, gl.to_tensor(diagonal_start), low_a, low_blocks, gl.to_tensor(low_resume),
     )  # fmt: skip
-
-
-@gluon.jit
-def _load_block(
-    key_desc, scale_desc, value_desc, key_smem, scale_smem, value_smem, bar,
-    batch, kv_head, head_row, key_row, value_row, KEY_SCALE: gl.constexpr, FP8_PV: gl.constexpr,
-):  # fmt: skip
-    """Ask for K and V of one block."""
-    SCALE_BYTES: gl.constexpr = scale_desc.block_type.nbytes if KEY_SCALE else 0
-    mbarrier.expect(bar, key_desc.block_type.nbytes + value_desc.block_type.nbytes + SCALE_BYTES)
-    _tma_load(key_desc, [batch, kv_head, key_row, 0], bar, key_smem)
-    if KEY_SCALE:
-        _tma_load(scale_desc, [head_row, key_row], bar, scale_smem)
-    if FP8_PV:
-        _tma_load(value_desc, [batch, kv_head, 0, value_row], bar, value_smem)
-    else:
-        _tma_load(value_desc, [batch, kv_head, value_row, 0], bar, value_smem)
 
 
 @gluon.jit
@@ -373,57 +419,60 @@ def _value_tile(smem, FP8: gl.constexpr, N: gl.constexpr, D: gl.constexpr):
 
 
 @gluon.jit
-def _producer(
-    low_key_desc, high_key_desc, scale_desc, low_value_desc, high_value_desc,
-    key_smem, scale_smem, value_smem, full, empty,
-    batches, blocks_m, ranges, query_length, key_length,
-    HEADS: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr, CAUSAL: gl.constexpr,
-    HIGH_RAW: gl.constexpr, TILE_SCALE: gl.constexpr, FP8_PV: gl.constexpr,
-    RANGES: gl.constexpr, PRECISION_TILE: gl.constexpr, DIAGONAL: gl.constexpr, SINK: gl.constexpr,
+def _load_block(
+    key_desc, scale_desc, value_desc, memory, step, work, kv_head, key_row, value_row,
+    N: gl.constexpr, KEY_SCALE: gl.constexpr, setting,
 ):  # fmt: skip
-    STAGES: gl.constexpr = key_smem.shape[0]
+    """Ask for K and V of one block, as soon as all consumers have left its place."""
+    STAGES: gl.constexpr = memory.key.shape[0]
+    SCALE_BYTES: gl.constexpr = scale_desc.block_type.nbytes if KEY_SCALE else 0
+    stage = step % STAGES
+    bar = memory.full.index(stage)
+    mbarrier.wait(memory.empty.index(stage), ((step // STAGES) & 1) ^ 1)
+    mbarrier.expect(bar, key_desc.block_type.nbytes + value_desc.block_type.nbytes + SCALE_BYTES)
+    key_smem = _stage_tile(memory.key.index(stage), key_desc.dtype, N, setting.D)
+    _tma_load(key_desc, [work.batch, kv_head, key_row, 0], bar, key_smem)
+    if KEY_SCALE:
+        _tma_load(scale_desc, [work.head_row, key_row], bar, memory.key_scale.index(stage))
+    value_smem = _value_tile(memory.value.index(stage), setting.FP8_PV, N, setting.D)
+    if setting.FP8_PV:
+        _tma_load(value_desc, [work.batch, kv_head, 0, value_row], bar, value_smem)
+    else:
+        _tma_load(value_desc, [work.batch, kv_head, value_row, 0], bar, value_smem)
+
+
+@gluon.jit
+def _producer(
+    low_key_desc, high_key_desc, scale_desc, low_value_desc, high_value_desc, memory,
+    batches, blocks_m, ranges, query_length, key_length, setting,
+):  # fmt: skip
     step = 0
-    for round in range(_tile_count(HEADS * batches * blocks_m)):
-        (
-            batch, head, head_row, _row0, _position0, first_token, _count,
-            high_a, high_blocks, diagonal_start, low_a, low_blocks, low_resume,
-        ) = _work(
-            _tile_of(round), batches, blocks_m, ranges, query_length, key_length,
-            HEADS, GROUP, CAUSAL, RANGES, PRECISION_TILE, DIAGONAL, SINK,
-        )  # fmt: skip
-        kv_head = head // GROUP
+    for round in range(_tile_count(setting.HEADS * batches * blocks_m)):
+        work = _work(_tile_of(round), batches, blocks_m, ranges, query_length, key_length, setting)
+        kv_head = work.head // setting.GROUP
         # quantised tensors start at the sequence's first real token, the given K and V at the padding
-        high_token = first_token if HIGH_RAW else 0
-        value_token = 0 if FP8_PV else first_token
-        for block in range(high_blocks):
-            first = _first_key(block, high_a, 0, diagonal_start, HIGH_N)
-            stage = step % STAGES
-            mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
+        high_token = work.first_token if setting.HIGH_RAW else 0
+        value_token = 0 if setting.FP8_PV else work.first_token
+        for block in range(work.high_blocks):
+            first = _first_key(block, work.high_a, 0, work.diagonal_start, HIGH_N)
             _load_block(
-                high_key_desc, scale_desc, high_value_desc,
-                _stage_tile(key_smem.index(stage), high_key_desc.dtype, HIGH_N, D), scale_smem.index(stage),
-                _value_tile(value_smem.index(stage), FP8_PV, HIGH_N, D), full.index(stage),
-                batch, kv_head, head_row, high_token + first, value_token + first, not HIGH_RAW, FP8_PV,
+                high_key_desc, scale_desc, high_value_desc, memory, step, work, kv_head,
+                high_token + first, value_token + first, HIGH_N, not setting.HIGH_RAW, setting,
             )  # fmt: skip
             step += 1
-        for block in range(low_blocks):
-            first = _first_key(block, low_a, SINK, low_resume, LOW_N)
-            stage = step % STAGES
-            mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
+        for block in range(work.low_blocks):
+            first = _first_key(block, work.low_a, setting.SINK, work.low_resume, LOW_N)
             _load_block(
-                low_key_desc, scale_desc, low_value_desc,
-                _stage_tile(key_smem.index(stage), low_key_desc.dtype, LOW_N, D), scale_smem.index(stage),
-                _value_tile(value_smem.index(stage), FP8_PV, LOW_N, D), full.index(stage),
-                batch, kv_head, head_row, first, value_token + first, not TILE_SCALE, FP8_PV,
+                low_key_desc, scale_desc, low_value_desc, memory, step, work, kv_head,
+                first, value_token + first, LOW_N, not setting.TILE_SCALE, setting,
             )  # fmt: skip
             step += 1
 
 
 @gluon.jit
 def _low_query(
-    query, query_n, first_real, stop_real, mean, scale_log2e, smem, row_smem,
-    INDEX: gl.constexpr, INT8: gl.constexpr, OFFSET: gl.constexpr,
-    ROWS: gl.constexpr, HIGH_ROWS: gl.constexpr,
+    query, query_n, first_real, stop_real, mean, scale_log2e, memory,
+    INDEX: gl.constexpr, OFFSET: gl.constexpr, ROWS: gl.constexpr, HIGH_ROWS: gl.constexpr, setting,
 ):  # fmt: skip
     """Quantise one consumer's queries [64, D] a token at a time, from global to shared memory.
 
@@ -432,17 +481,15 @@ def _low_query(
 
     Args:
         query: address of the first of 64 queries, of which those in [first_real, stop_real) exist.
-        smem: [consumers' chunks, 16, D], for the elements of all consumers.
-        row_smem: [2 * consumers' chunks, 16], for their scales and offsets.
 
     Returns:
         What turns 8-bit products into scores, [64] in layout ROWS; with OFFSET the score [64] of every query
         with the mean of K, in layout HIGH_ROWS (see `attention._query_operand`), else zeros.
     """
     CHUNKS: gl.constexpr = CONSUMER_M // CHUNK
-    D: gl.constexpr = smem.shape[2]
+    D: gl.constexpr = setting.D
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
-    LARGEST: gl.constexpr = 127.0 if INT8 else 448.0
+    LARGEST: gl.constexpr = 127.0 if setting.INT8 else 448.0
     column = gl.arange(0, D, gl.SliceLayout(0, LAYOUT))
     row = gl.arange(0, CHUNK, gl.SliceLayout(1, LAYOUT))
     if OFFSET:
@@ -461,7 +508,7 @@ def _low_query(
         following = gl.load(pointers, mask=real, other=0.0)
         if OFFSET:
             offset = gl.sum(x * channel_mean[None, :], 1) * scale_log2e
-            row_smem.index(CONSUMERS * CHUNKS + INDEX * CHUNKS + chunk).store(offset)
+            memory.rows.index(CONSUMERS * CHUNKS + INDEX * CHUNKS + chunk).store(offset)
         x = x * scale_log2e
         # compared as integers, NaN and Inf are the largest, and the maximum carries them into the factor
         token_max = gl.max(x.to(gl.int32, bitcast=True) & 0x7FFFFFFF, 1).to(gl.float32, bitcast=True)
@@ -475,17 +522,17 @@ def _low_query(
         scaled = x * inverse[:, None]
         remainder = gl.fma(scaled, gl.broadcast(-scale[:, None], x)[0], x)
         scaled = gl.fma(remainder, gl.broadcast(inverse[:, None], x)[0], scaled)
-        if INT8:
+        if setting.INT8:
             # adding 1.5 * 2^23 rounds to a whole number, ties to even, and leaves it in the last byte
             elements = (scaled + 12582912.0).to(gl.int32, bitcast=True).to(gl.int8)
         else:
             elements = scaled.to(gl.float8e4nv)
-        smem.index(INDEX * CHUNKS + chunk).store(elements)
+        memory.query.index(INDEX * CHUNKS + chunk).store(elements)
         finite = token_max.to(gl.int32, bitcast=True) < 0x7F800000
-        row_smem.index(INDEX * CHUNKS + chunk).store(gl.where(finite, scale, float("nan")))
+        memory.rows.index(INDEX * CHUNKS + chunk).store(gl.where(finite, scale, float("nan")))
     fence_async_shared()
     _sync_threads()
-    row_values = _reinterpret(row_smem, gl.float32, [2 * CONSUMERS, CONSUMER_M], row_smem.type.layout)
+    row_values = _reinterpret(memory.rows, gl.float32, [2 * CONSUMERS, CONSUMER_M], memory.rows.type.layout)
     offset = gl.full([CONSUMER_M], 0.0, gl.float32, HIGH_ROWS)
     if OFFSET:
         offset = row_values.index(CONSUMERS + INDEX).load(HIGH_ROWS)
@@ -511,109 +558,101 @@ def _accumulate(p, correction, value_smem, accumulator, FP8: gl.constexpr):
 
 @gluon.jit
 def _consumer(
-    INDEX: gl.constexpr,
-    query_desc, query_smem, low_query, row_smem, channel_smem, key_smem, scale_smem, value_smem,
-    query_full, full, empty,
-    arguments, query, out, mean, tile_scale, scale_log2e, ranges,
-    HEADS: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr, CAUSAL: gl.constexpr, SMOOTH: gl.constexpr,
-    INT8: gl.constexpr, HIGH_RAW: gl.constexpr, MASK_LOW: gl.constexpr, TILE_SCALE: gl.constexpr,
-    FP8_PV: gl.constexpr, SMOOTH_VALUE: gl.constexpr,
-    RANGES: gl.constexpr, PRECISION_TILE: gl.constexpr, DIAGONAL: gl.constexpr, SINK: gl.constexpr,
+    INDEX: gl.constexpr, memory, query_desc, query, out, mean, tile_scale, scale_log2e, ranges, setting
 ):  # fmt: skip
     """64 queries of each tile's 192."""
     M: gl.constexpr = CONSUMER_M
+    D: gl.constexpr = setting.D
+    FP8: gl.constexpr = setting.FP8_PV
     # E4M3 holds 448; probabilities times 2^8 use its range (`reference.FP8_PROBABILITY_SCALE`)
-    SHIFT: gl.constexpr = 8 if FP8_PV else 0
-    STAGES: gl.constexpr = key_smem.shape[0]
-    OFFSET: gl.constexpr = SMOOTH and HIGH_RAW
+    SHIFT: gl.constexpr = 8 if FP8 else 0
+    STAGES: gl.constexpr = memory.key.shape[0]
+    OFFSET: gl.constexpr = setting.SMOOTH and setting.HIGH_RAW
     LOW: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, LOW_N, 32])
-    HIGH: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HIGH_N, 16 if HIGH_RAW else 32])
-    OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 32 if FP8_PV else 16])
+    HIGH_K: gl.constexpr = 16 if setting.HIGH_RAW else 32
+    HIGH: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HIGH_N, HIGH_K])
+    OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 32 if FP8 else 16])
     ROWS: gl.constexpr = gl.SliceLayout(1, LOW)
     HIGH_ROWS: gl.constexpr = gl.SliceLayout(1, HIGH)
-    PRODUCTS: gl.constexpr = gl.int32 if INT8 else gl.float32
-    LOW_DTYPE: gl.constexpr = gl.int8 if INT8 else gl.float8e4nv
-    HIGH_DTYPE: gl.constexpr = gl.bfloat16 if HIGH_RAW else LOW_DTYPE
+    PRODUCTS: gl.constexpr = gl.int32 if setting.INT8 else gl.float32
+    LOW_DTYPE: gl.constexpr = gl.int8 if setting.INT8 else gl.float8e4nv
+    HIGH_DTYPE: gl.constexpr = gl.bfloat16 if setting.HIGH_RAW else LOW_DTYPE
     CHANNELS: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     FLOATS: gl.constexpr = gl.pointer_type(gl.float32)
-    raw_query = query_smem.index(INDEX).reshape((M, D))
-    low_queries = _reinterpret(low_query, LOW_DTYPE, [CONSUMERS, M, D], gl.NVMMASharedLayout(D, 8, 2))
+    raw_query = memory.raw_query.index(INDEX).reshape((M, D))
+    low_queries = _reinterpret(memory.query, LOW_DTYPE, [CONSUMERS, M, D], gl.NVMMASharedLayout(D, 8, 2))
     low_operand = low_queries.index(INDEX)
     step = 0
-    for round in range(_get(arguments, TILES, gl.int32)):
-        query_length = _get(arguments, QUERY_LENGTH, gl.int32)
-        key_length = _get(arguments, KEY_LENGTH, gl.int32)
-        (
-            batch, head, head_row, row0, position0, _first_token, count,
-            high_a, high_blocks, diagonal_start, low_a, low_blocks, low_resume,
-        ) = _work(
-            _tile_of(round), _get(arguments, BATCHES, gl.int32), _get(arguments, BLOCKS_M, gl.int32),
-            ranges, query_length, key_length,
-            HEADS, GROUP, CAUSAL, RANGES, PRECISION_TILE, DIAGONAL, SINK,
+    for round in range(_get(memory, TILES, gl.int32)):
+        query_length = _get(memory, QUERY_LENGTH, gl.int32)
+        key_length = _get(memory, KEY_LENGTH, gl.int32)
+        work = _work(
+            _tile_of(round), _get(memory, BATCHES, gl.int32), _get(memory, BLOCKS_M, gl.int32),
+            ranges, query_length, key_length, setting,
         )  # fmt: skip
-        first_row = row0 + INDEX * M
-        first_position = position0 + INDEX * M
-        if HIGH_RAW:
-            bar = query_full.index(INDEX)
+        first_row = work.row + INDEX * M
+        first_position = work.position + INDEX * M
+        if setting.HIGH_RAW:
+            bar = memory.query_full.index(INDEX)
             mbarrier.expect(bar, query_desc.block_type.nbytes)
-            _tma_load(query_desc, [batch, head, first_row, 0], bar, query_smem.index(INDEX))
-        query_n = _get(arguments, QUERY_N, gl.int64) * LOAD
+            _tma_load(query_desc, [work.batch, work.head, first_row, 0], bar, memory.raw_query.index(INDEX))
+        query_n = _get(memory, QUERY_N, gl.int64) * LOAD
         queries = query + first_row * query_n
-        queries += batch * (_get(arguments, QUERY_B, gl.int64) * LOAD)
-        queries += head * (_get(arguments, QUERY_H, gl.int64) * LOAD)
+        queries += work.batch * (_get(memory, QUERY_B, gl.int64) * LOAD)
+        queries += work.head * (_get(memory, QUERY_H, gl.int64) * LOAD)
         # read here, long before the end, where they are needed
-        channel = head_row * D + gl.arange(0, D, CHANNELS)
-        if FP8_PV:
-            channel_smem.index(INDEX).store(gl.load(_get(arguments, VALUE_SCALE, FLOATS) + channel))
-        if SMOOTH_VALUE:
-            channel_smem.index(CONSUMERS + INDEX).store(
-                gl.load(_get(arguments, VALUE_MEAN, FLOATS) + channel)
+        channel = work.head_row * D + gl.arange(0, D, CHANNELS)
+        if FP8:
+            memory.channels.index(INDEX).store(gl.load(_get(memory, VALUE_SCALE, FLOATS) + channel))
+        if setting.SMOOTH_VALUE:
+            memory.channels.index(CONSUMERS + INDEX).store(
+                gl.load(_get(memory, VALUE_MEAN, FLOATS) + channel)
             )
         low_factor, offset = _low_query(
-            queries, query_n, -first_row, query_length - first_row, mean + head_row * D, scale_log2e,
-            low_query, row_smem, INDEX, INT8, OFFSET, ROWS, HIGH_ROWS,
+            queries, query_n, -first_row, query_length - first_row, mean + work.head_row * D, scale_log2e,
+            memory, INDEX, OFFSET, ROWS, HIGH_ROWS, setting,
         )  # fmt: skip
-        if HIGH_RAW:
-            mbarrier.wait(query_full.index(INDEX), round & 1)
+        if setting.HIGH_RAW:
+            mbarrier.wait(memory.query_full.index(INDEX), round & 1)
 
-        my_start, my_stop = _diagonal(first_position, PRECISION_TILE, DIAGONAL, SINK)
-        limit = gl.minimum(count, first_position + M) if CAUSAL else count
+        my_start, my_stop = _diagonal(first_position, setting)
+        limit = gl.minimum(work.count, first_position + M) if setting.CAUSAL else work.count
         limit = gl.where((first_row < query_length) & (first_row + M > 0), limit, 0)
 
         # High tiles first: they hold most rows' largest scores, so the running maximum settles early.
         row_max = gl.full([M], float("-inf"), gl.float32, HIGH_ROWS)
         row_sum = gl.full([M], 0.0, gl.float32, HIGH_ROWS)
         accumulator = gl.full([M, D], 0.0, gl.float32, OUT)
-        visible = gl.full([M], 0, gl.int32, HIGH_ROWS) + count  # keys that each row sees
-        if CAUSAL:
+        visible = gl.full([M], 0, gl.int32, HIGH_ROWS) + work.count  # keys that each row sees
+        if setting.CAUSAL:
             visible = gl.minimum(visible, first_position + 1 + gl.arange(0, M, HIGH_ROWS))
-        if HIGH_RAW:
+        if setting.HIGH_RAW:
             factor = gl.full([M], 1.0, gl.float32, HIGH_ROWS) * scale_log2e
         else:
             factor = gl.convert_layout(low_factor, HIGH_ROWS)
-        for block in range(high_blocks):
-            first = _first_key(block, high_a, 0, diagonal_start, HIGH_N)
+        for block in range(work.high_blocks):
+            first = _first_key(block, work.high_a, 0, work.diagonal_start, HIGH_N)
             stage = step % STAGES
-            mbarrier.wait(full.index(stage), (step // STAGES) & 1)
-            if (first < limit) & ((first < SINK) | ((first >= my_start) & (first < my_stop))):
-                k = _stage_tile(key_smem.index(stage), HIGH_DTYPE, HIGH_N, D).reshape((HIGH_N, D))
-                if HIGH_RAW:
+            mbarrier.wait(memory.full.index(stage), (step // STAGES) & 1)
+            if (first < limit) & ((first < setting.SINK) | ((first >= my_start) & (first < my_stop))):
+                k = _stage_tile(memory.key.index(stage), HIGH_DTYPE, HIGH_N, D).reshape((HIGH_N, D))
+                if setting.HIGH_RAW:
                     start = gl.full([M, HIGH_N], 0.0, gl.float32, HIGH)
                     scores = warpgroup_mma(raw_query, k.permute((1, 0)), start, use_acc=False)
                 else:
                     start = gl.full([M, HIGH_N], 0, PRODUCTS, HIGH)
                     products = warpgroup_mma(low_operand, k.permute((1, 0)), start, use_acc=False)
-                    scales = scale_smem.index(stage).reshape((LOW_N,)).slice(0, HIGH_N)
+                    scales = memory.key_scale.index(stage).reshape((LOW_N,)).slice(0, HIGH_N)
                     scores = products.to(gl.float32) * scales.load(gl.SliceLayout(0, HIGH))[None, :]
-                visible_to_all = gl.minimum(count, first_position + 1) if CAUSAL else count
+                visible_to_all = gl.minimum(work.count, first_position + 1) if setting.CAUSAL else work.count
                 if first + HIGH_N > visible_to_all:
                     scores = _cut(scores, visible - first)
                 p, correction, row_max, sums = _softmax(
                     scores, scores, factor, offset, row_max, SHIFT, OFFSET, True
                 )
                 row_sum = row_sum * correction + gl.convert_layout(gl.sum(sums, 1), HIGH_ROWS)
-                accumulator = _accumulate(p, correction, value_smem.index(stage), accumulator, FP8_PV)
-            mbarrier.arrive(empty.index(stage), count=1)
+                accumulator = _accumulate(p, correction, memory.value.index(stage), accumulator, FP8)
+            mbarrier.arrive(memory.empty.index(stage), count=1)
             step += 1
 
         # Low tiles, each with at least one key, which every row sees. A thread keeps the sums of the columns
@@ -626,44 +665,44 @@ def _consumer(
         start = gl.full([M, LOW_N], 0, PRODUCTS, LOW)
         no_offset = gl.full([M], 0.0, gl.float32, ROWS)
         low_stop = gl.minimum(my_start, limit)
-        head_scales = tile_scale + head_row * ((key_length + LOW_N - 1) // LOW_N)
-        for block in range(low_blocks):
-            first = _first_key(block, low_a, SINK, low_resume, LOW_N)
+        head_scales = tile_scale + work.head_row * ((key_length + LOW_N - 1) // LOW_N)
+        for block in range(work.low_blocks):
+            first = _first_key(block, work.low_a, setting.SINK, work.low_resume, LOW_N)
             stage = step % STAGES
-            mbarrier.wait(full.index(stage), (step // STAGES) & 1)
+            mbarrier.wait(memory.full.index(stage), (step // STAGES) & 1)
             mine = first < low_stop
-            if not CAUSAL:
+            if not setting.CAUSAL:
                 mine |= (first >= my_stop) & (first < limit)
             if mine:
-                k = _stage_tile(key_smem.index(stage), LOW_DTYPE, LOW_N, D).reshape((LOW_N, D))
+                k = _stage_tile(memory.key.index(stage), LOW_DTYPE, LOW_N, D).reshape((LOW_N, D))
                 products = warpgroup_mma(low_operand, k.permute((1, 0)), start, use_acc=False)
                 scores = products.to(gl.float32)
-                if TILE_SCALE:  # one number: it joins the rows' factors
+                if setting.TILE_SCALE:  # one number: it joins the rows' factors
                     block_factor = low_factor * gl.load(head_scales + first // LOW_N)
                 else:
                     block_factor = low_factor
-                    key_scale = scale_smem.index(stage).reshape((LOW_N,)).load(gl.SliceLayout(0, LOW))
+                    key_scale = memory.key_scale.index(stage).reshape((LOW_N,)).load(gl.SliceLayout(0, LOW))
                     scores = scores * key_scale[None, :]
-                if MASK_LOW:  # noqa: SIM102 - one condition is the compiler's, the other the GPU's
-                    if first + LOW_N > count:
-                        scores = _cut(scores, gl.full([M], 0, gl.int32, ROWS) + (count - first))
-                ordered = products if INT8 and TILE_SCALE and not MASK_LOW else scores
+                if setting.MASK_LOW:  # noqa: SIM102 - one condition is the compiler's, the other the GPU's
+                    if first + LOW_N > work.count:
+                        scores = _cut(scores, gl.full([M], 0, gl.int32, ROWS) + (work.count - first))
+                ordered = products if setting.INT8 and setting.TILE_SCALE and not setting.MASK_LOW else scores
                 p, correction, row_max, more = _softmax(
                     scores, ordered, block_factor, no_offset, row_max, SHIFT, False, False
                 )
                 sums = _rescaled(sums, correction) + more
-                accumulator = _accumulate(p, correction, value_smem.index(stage), accumulator, FP8_PV)
-            mbarrier.arrive(empty.index(stage), count=1)
+                accumulator = _accumulate(p, correction, memory.value.index(stage), accumulator, FP8)
+            mbarrier.arrive(memory.empty.index(stage), count=1)
             step += 1
 
         # a row that saw no key is zeros, as in SDPA; NaN sums stay NaN
         row_sum = gl.convert_layout(gl.sum(sums, 1), ROWS)
         accumulator = _rescaled(accumulator, 1.0 / gl.where(row_sum == 0.0, 1.0, row_sum))
-        if FP8_PV:
-            channel_scale = channel_smem.index(INDEX).load(gl.SliceLayout(0, OUT))
+        if FP8:
+            channel_scale = memory.channels.index(INDEX).load(gl.SliceLayout(0, OUT))
             accumulator = accumulator * channel_scale[None, :]
-        if SMOOTH_VALUE:
-            channel_mean = channel_smem.index(CONSUMERS + INDEX).load(gl.SliceLayout(0, OUT))
+        if setting.SMOOTH_VALUE:
+            channel_mean = memory.channels.index(CONSUMERS + INDEX).load(gl.SliceLayout(0, OUT))
             empty_row = gl.convert_layout(row_sum == 0.0, gl.SliceLayout(1, OUT))
             accumulator = gl.where(empty_row[:, None], 0.0, accumulator + channel_mean[None, :])
         # Through the query's own shared memory, which is free now, rows become contiguous. They are not
@@ -672,8 +711,8 @@ def _consumer(
         _sync_threads()
         TILE: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
         row = first_row + gl.arange(0, M, gl.SliceLayout(1, TILE))
-        query_length = _get(arguments, QUERY_LENGTH, gl.int32)
-        row_out = (batch.to(gl.int64) * query_length + row) * HEADS + head
+        query_length = _get(memory, QUERY_LENGTH, gl.int32)
+        row_out = (work.batch.to(gl.int64) * query_length + row) * setting.HEADS + work.head
         pointers = out + row_out[:, None] * D + gl.arange(0, D, gl.SliceLayout(0, TILE))[None, :]
         real = (row >= 0) & (row < query_length)
         gl.store(pointers, raw_query.load(TILE), mask=gl.broadcast(real[:, None], pointers)[0])
@@ -710,20 +749,22 @@ def _hopper_kernel(
     RANGES: gl.constexpr, PRECISION_TILE: gl.constexpr, DIAGONAL: gl.constexpr, SINK: gl.constexpr,
     STAGES: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    query_smem = _tiles(query_desc, CONSUMERS)
+    setting = _Setting(  # type: ignore[call-arg]  # see `_record`
+        HEADS, GROUP, D, CAUSAL, SMOOTH, INT8, HIGH_RAW, MASK_LOW, TILE_SCALE, FP8_PV, SMOOTH_VALUE, RANGES,
+        PRECISION_TILE, DIAGONAL, SINK,
+    )  # fmt: skip
     CHUNKS: gl.constexpr = BLOCK_M // CHUNK
     PLAIN: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    low_query = gl.allocate_shared_memory(
-        low_key_desc.dtype, [CHUNKS, CHUNK, D], gl.NVMMASharedLayout(D, 8, 2)
-    )
-    row_smem = gl.allocate_shared_memory(gl.float32, [2 * CHUNKS, CHUNK], PLAIN)
-    channel_smem = gl.allocate_shared_memory(gl.float32, [2 * CONSUMERS, D], PLAIN)
-    key_smem = _tiles(low_key_desc, STAGES)
-    if TILE_SCALE:
-        scale_smem = key_smem  # not read
-    else:
-        scale_smem = _tiles(scale_desc, STAGES)
-    value_smem = _tiles(low_value_desc, STAGES)
+    query_layout: gl.constexpr = gl.NVMMASharedLayout(D, 8, 2)
+    raw_query = _tiles(query_desc, CONSUMERS)
+    low_query = gl.allocate_shared_memory(low_key_desc.dtype, [CHUNKS, CHUNK, D], query_layout)
+    rows = gl.allocate_shared_memory(gl.float32, [2 * CHUNKS, CHUNK], PLAIN)
+    channels = gl.allocate_shared_memory(gl.float32, [2 * CONSUMERS, D], PLAIN)
+    key = _tiles(low_key_desc, STAGES)
+    key_scale = key  # not read
+    if not TILE_SCALE:
+        key_scale = _tiles(scale_desc, STAGES)
+    value = _tiles(low_value_desc, STAGES)
     arguments = gl.allocate_shared_memory(gl.int64, [ARGUMENTS, 1], PLAIN)
     _put(arguments, TILES, _tile_count(HEADS * batches * blocks_m))
     _put(arguments, BATCHES, batches)
@@ -738,40 +779,26 @@ def _hopper_kernel(
     _put(arguments, VALUE_MEAN, value_mean)
     query_full = _barriers(CONSUMERS, 1)
     full, empty = _barriers(STAGES, 1), _barriers(STAGES, CONSUMERS)
+    memory = _Memory(  # type: ignore[call-arg]  # see `_record`
+        raw_query, low_query, rows, channels, key, key_scale, value, arguments, query_full, full, empty
+    )
     fence_async_shared()
 
     # The arguments are spelt out: a tuple in a variable would lose what is known at compile time.
     gl.warp_specialize(
         [
             (_consumer, (
-                0,
-                query_desc, query_smem, low_query, row_smem, channel_smem, key_smem, scale_smem, value_smem,
-                query_full, full, empty,
-                arguments, query, out, mean, tile_scale, scale_log2e, ranges,
-                HEADS, GROUP, D, CAUSAL, SMOOTH, INT8, HIGH_RAW, MASK_LOW, TILE_SCALE, FP8_PV, SMOOTH_VALUE,
-                RANGES, PRECISION_TILE, DIAGONAL, SINK,
+                0, memory, query_desc, query, out, mean, tile_scale, scale_log2e, ranges, setting
             )),
             (_consumer, (
-                1,
-                query_desc, query_smem, low_query, row_smem, channel_smem, key_smem, scale_smem, value_smem,
-                query_full, full, empty,
-                arguments, query, out, mean, tile_scale, scale_log2e, ranges,
-                HEADS, GROUP, D, CAUSAL, SMOOTH, INT8, HIGH_RAW, MASK_LOW, TILE_SCALE, FP8_PV, SMOOTH_VALUE,
-                RANGES, PRECISION_TILE, DIAGONAL, SINK,
+                1, memory, query_desc, query, out, mean, tile_scale, scale_log2e, ranges, setting
             )),
             (_consumer, (
-                2,
-                query_desc, query_smem, low_query, row_smem, channel_smem, key_smem, scale_smem, value_smem,
-                query_full, full, empty,
-                arguments, query, out, mean, tile_scale, scale_log2e, ranges,
-                HEADS, GROUP, D, CAUSAL, SMOOTH, INT8, HIGH_RAW, MASK_LOW, TILE_SCALE, FP8_PV, SMOOTH_VALUE,
-                RANGES, PRECISION_TILE, DIAGONAL, SINK,
+                2, memory, query_desc, query, out, mean, tile_scale, scale_log2e, ranges, setting
             )),
             (_producer, (
-                low_key_desc, high_key_desc, scale_desc, low_value_desc, high_value_desc,
-                key_smem, scale_smem, value_smem, full, empty,
-                batches, blocks_m, ranges, query_length, key_length,
-                HEADS, GROUP, D, CAUSAL, HIGH_RAW, TILE_SCALE, FP8_PV, RANGES, PRECISION_TILE, DIAGONAL, SINK,
+                low_key_desc, high_key_desc, scale_desc, low_value_desc, high_value_desc, memory,
+                batches, blocks_m, ranges, query_length, key_length, setting,
             )),
         ],
         [4, 4, 1],
