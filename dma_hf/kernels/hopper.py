@@ -189,48 +189,6 @@ def _exp2(x):
 
 
 @gluon.jit
-def _pack(p, FP8: gl.constexpr):
-    """`p` (float32) rounded to E4M3 or bfloat16, int32 of the same shape.
-
-    Every fourth (second) column holds a register with that column and the next three (one); the others are
-    constants and cost nothing. Carried through a loop as 8-bit elements, each would take a register of its
-    own, and 186 instructions would take registers apart and put them together again.
-    """
-    COUNT: gl.constexpr = 4 if FP8 else 2
-    if FP8:
-        packed = gl.inline_asm_elementwise(
-            """
-            {
-            .reg .b16 low, high;
-            cvt.rn.satfinite.e4m3x2.f32 low, $5, $4;
-            cvt.rn.satfinite.e4m3x2.f32 high, $7, $6;
-            mov.b32 $0, {low, high};
-            }
-            """,
-            "=r,=r,=r,=r,f,f,f,f", [p], dtype=gl.int32, is_pure=True, pack=4,
-        )  # fmt: skip
-    else:
-        packed = gl.inline_asm_elementwise(
-            "cvt.rn.bf16x2.f32 $0, $3, $2;", "=r,=r,f,f", [p], dtype=gl.int32, is_pure=True, pack=2
-        )
-    columns = gl.arange(0, p.shape[1], gl.SliceLayout(0, p.type.layout))
-    return gl.where((columns % COUNT == 0)[None, :], packed, 0)
-
-
-@gluon.jit
-def _unpack(packed, FP8: gl.constexpr):
-    """What `_pack` made, as an operand."""
-    if FP8:
-        return gl.inline_asm_elementwise(
-            "mov.b32 $0, $1;", "=r,r,r,r,r", [packed], dtype=gl.float8e4nv, is_pure=True, pack=4
-        )
-    else:
-        return gl.inline_asm_elementwise(
-            "mov.b32 $0, $1;", "=r,r,r", [packed], dtype=gl.bfloat16, is_pure=True, pack=2
-        )
-
-
-@gluon.jit
 def _probability_operand(p, FP8: gl.constexpr, LAYOUT: gl.constexpr):
     """Probabilities [64, N] as the left operand of PV, without moving between threads.
 
@@ -239,7 +197,7 @@ def _probability_operand(p, FP8: gl.constexpr, LAYOUT: gl.constexpr):
     if FP8:
         p = gl.reshape(p, (p.shape[0], p.shape[1] // 16, 2, 4, 2))
         p = gl.reshape(gl.permute(p, (0, 1, 3, 2, 4)), (p.shape[0], p.shape[1] * 16))
-    return _unpack(_pack(gl.convert_layout(p, LAYOUT, assert_trivial=True), FP8), FP8)
+    return gl.convert_layout(p, LAYOUT, assert_trivial=True).to(gl.float8e4nv if FP8 else gl.bfloat16)
 
 
 @gluon.jit
