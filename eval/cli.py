@@ -80,7 +80,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """The command line as its command's ``run`` takes it, with "command_line" as results files name it.
+    """The command line as its command's ``run`` takes it.
+
+    With "command_line" as results files name it, and "parse", this function, for a command of commands.
 
     Raises:
         UsageError: if it is wrong.
@@ -88,6 +90,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """
     options = _parser().parse_args(arguments)
     options.command_line = [PROGRAM, *arguments]
+    options.parse = parse
     return options
 
 

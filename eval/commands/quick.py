@@ -29,7 +29,7 @@ STEPS = {
 
 DESCRIPTION = """\
 The comparisons of quality one after the other, small enough for a first impression: perplexity, recall
-and tasks, of SDPA and two settings of DMA ("paper", and MXFP8 everywhere), then a report on all of them
+and tasks, of SDPA and two settings of DMA ("auto", the default, and "paper"), then a report on all of them
 with a verdict. On the built-in model it takes under 6 minutes on two CPU cores. This is what "dma-eval"
 without a command does.
 
@@ -63,7 +63,6 @@ def register(commands: Commands) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Carries it out."""
-    from ..cli import PROGRAM, parse
     from ..environment import describe_environment
     from ..loading import choose_device, choose_dtype
     from ..report.page import HTML, report_content, write_report
@@ -71,6 +70,7 @@ def run(options: argparse.Namespace) -> None:
     from ..results import prepare_folder
     from .session import open_journal
 
+    program = options.command_line[0]
     device = choose_device(options.device)
     environment = describe_environment(
         options.command_line, device=device, dtype=choose_dtype(options.dtype, device)
@@ -84,19 +84,19 @@ def run(options: argparse.Namespace) -> None:
         if journal.get(step=name) is not None and (folder / f"{name}.json").is_file():
             print(f"done before the interruption: {folder / f'{name}.json'}")
             continue
-        print(f"$ {PROGRAM} {shlex.join(command_lines[name])}", flush=True)
-        step = parse(command_lines[name])
+        print(f"$ {program} {shlex.join(command_lines[name])}", flush=True)
+        step = options.parse(command_lines[name])
         try:
             step.run(step)
         except EvalError as failure:
             if isinstance(failure, UsageError) and number == 1:
                 raise  # a model that cannot be loaded, say: the other steps would end in the same way
-            print(f"{PROGRAM}: {failure}; the other steps go on", file=sys.stderr)
+            print(f"{program}: {failure}; the other steps go on", file=sys.stderr)
             error = error or failure
         else:
             journal.put(True, step=name)
     print(f"\n[{len(STEPS) + 1}/{len(STEPS) + 1}] report: is it safe to use?")
-    print(f"$ {PROGRAM} {shlex.join(['report', str(folder)])}")
+    print(f"$ {program} {shlex.join(['report', str(folder)])}")
     write_report(folder)
     print(f"\nVerdict: {report_content(read_results(folder))['headline']}")
     print(f"Report:  {(folder / HTML).resolve()}")
