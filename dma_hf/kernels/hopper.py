@@ -9,8 +9,6 @@ Gluon shows registers and shared memory as they are; a few things here are done 
 assembler's sake, and say so.
 """
 
-from typing import Any
-
 import torch
 import triton
 from torch import Tensor
@@ -19,28 +17,33 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-from triton.language.core import _aggregate  # Gluon has no public name for it yet
 
 from ..config import DMAConfig
 from ..formats import FORMATS
 from ..modifiers import LOG2_E
 from ..policy import multiprocessors
+from .gluon_names import record, reinterpret, sync_threads, tma_load
+from .hopper_softmax import cut_scores, joined_by_thread, probability_operand, rescaled, softmax_step
+from .hopper_work import (
+    BLOCK_M,
+    CONSUMER_M,
+    CONSUMERS,
+    HIGH_N,
+    LOW_N,
+    Setting,
+    diagonal_keys,
+    first_key,
+    tile_count,
+    tile_of,
+    tile_work,
+)
 from .launching import Launches
 from .quantize import QuantizedKey
 from .quantize_value import QuantizedValue
 
-CONSUMERS = gl.constexpr(3)
-CONSUMER_M = gl.constexpr(64)
-"""Queries of a consumer: as many as one wgmma multiplies."""
-BLOCK_M = gl.constexpr(192)
-"""Queries of a tile, which all consumers share."""
-LOW_N = gl.constexpr(128)
-HIGH_N = gl.constexpr(64)
-"""Keys of a step: an 8-bit block of 128 keys is as large as a 16-bit block of 64."""
 STAGES = 2
 """Blocks in flight. Four were no faster at any length: 1 to 3 % slower at 16k."""
 CONSUMER_REGISTERS, PRODUCER_REGISTERS = 160, 24
@@ -56,12 +59,6 @@ QUERY_B, QUERY_H, QUERY_N, VALUE_SCALE, VALUE_MEAN = (gl.constexpr(i) for i in r
 ARGUMENTS = gl.constexpr(10)
 
 HEAD_DIMS = (64, 128)
-
-# names that changed between Triton 3.6 and 3.9
-_sync_threads = getattr(gl, "barrier", None) or gl.thread_barrier
-_tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
-_MEMORY = gl.shared_memory_descriptor
-_reinterpret = getattr(_MEMORY, "reinterpret", None) or _MEMORY._reinterpret
 
 _DTYPES = {
     torch.bfloat16: gl.bfloat16,
@@ -106,40 +103,7 @@ def why_not_hopper(
     return None
 
 
-def _record(cls: type) -> Any:
-    """A class of annotated fields as a value of Gluon's, made of these fields in their order."""
-
-    def __init__(self: Any, *values: Any) -> None:
-        for name, value in zip(cls.__annotations__, values, strict=True):
-            setattr(self, name, value)
-
-    __init__.__triton_builtin__ = True  # type: ignore[attr-defined]  # called as it is, not compiled
-    cls.__init__ = __init__  # type: ignore[misc]
-    return _aggregate(cls)
-
-
-@_record
-class _Setting:
-    """What a kernel is compiled for."""
-
-    HEADS: gl.constexpr
-    GROUP: gl.constexpr  # query heads of a KV head
-    D: gl.constexpr
-    CAUSAL: gl.constexpr
-    SMOOTH: gl.constexpr  # K is stored without its mean
-    INT8: gl.constexpr  # low tiles are INT8, else E4M3
-    HIGH_RAW: gl.constexpr  # high tiles are the given Q and K, else as low ones
-    MASK_LOW: gl.constexpr  # the last low block may be cut
-    TILE_SCALE: gl.constexpr  # one scale for 128 keys, else one a key
-    FP8_PV: gl.constexpr
-    SMOOTH_VALUE: gl.constexpr  # V is stored without its mean
-    RANGES: gl.constexpr  # there is padding
-    PRECISION_TILE: gl.constexpr
-    DIAGONAL: gl.constexpr
-    SINK: gl.constexpr
-
-
-@_record
+@record
 class _Memory:
     """A program's shared memory and its barriers."""
 
@@ -154,137 +118,6 @@ class _Memory:
     query_full: gl.shared_memory_descriptor
     full: gl.shared_memory_descriptor
     empty: gl.shared_memory_descriptor
-
-
-@_record
-class _Work:
-    """Where a tile of 192 queries lies, and which blocks of keys its consumers need between them.
-
-    These are the blocks that any consumer needs (design: sink, then low, then diagonal); each skips what is
-    not its. High: `high_a` blocks from key 0, the rest of `high_blocks` from `diagonal_start`. Low: `low_a`
-    blocks from key SINK, the rest of `low_blocks` from `low_resume`.
-    """
-
-    batch: gl.tensor
-    head: gl.tensor
-    head_row: gl.tensor  # of the KV head, among those of all sequences
-    row: gl.tensor  # of the first query, in memory
-    position: gl.tensor  # and in its sequence
-    first_token: gl.tensor  # of the sequence
-    count: gl.tensor  # its keys
-    high_a: gl.tensor
-    high_blocks: gl.tensor
-    diagonal_start: gl.tensor
-    low_a: gl.tensor
-    low_blocks: gl.tensor
-    low_resume: gl.tensor
-
-
-@gluon.jit
-def _exp2(x):
-    """2^x with denormals flushed: one instruction where `gl.exp2` needs four."""
-    return gl.inline_asm_elementwise(
-        "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1
-    )
-
-
-@gluon.jit
-def _probability_operand(p, FP8: gl.constexpr, LAYOUT: gl.constexpr):
-    """Probabilities [64, N] as the left operand of PV, without moving between threads.
-
-    For FP8 the tokens are taken in the order that `quantize_value.PERMUTATION` stores V in.
-    """
-    if FP8:
-        p = gl.reshape(p, (p.shape[0], p.shape[1] // 16, 2, 4, 2))
-        p = gl.reshape(gl.permute(p, (0, 1, 3, 2, 4)), (p.shape[0], p.shape[1] * 16))
-    return gl.convert_layout(p, LAYOUT, assert_trivial=True).to(gl.float8e4nv if FP8 else gl.bfloat16)
-
-
-@gluon.jit
-def _joined(x, PARTS: gl.constexpr, MAX: gl.constexpr):
-    """Columns of `x` [M, N] joined into [M, N / PARTS]; those joined lie N / PARTS apart, in one thread."""
-    parts = gl.reshape(x, (x.shape[0], PARTS, x.shape[1] // PARTS))
-    return gl.max(parts, 1) if MAX else gl.sum(parts, 1)
-
-
-@gluon.jit
-def _partial(x, MAX: gl.constexpr):
-    """Columns of `x` [M, N] joined into [M, 8], which every thread does alone.
-
-    In two steps, each of many short chains: one reduction of all columns would be one chain for each row,
-    every instruction waiting for the last.
-    """
-    return _joined(_joined(x, 4, MAX), x.shape[1] // 32, MAX)
-
-
-@gluon.jit
-def _softmax(
-    scores, ordered, factor, offset, row_max, SHIFT: gl.constexpr, OFFSET: gl.constexpr, MASKED: gl.constexpr
-):  # fmt: skip
-    """One step of the online softmax; score = scores * factor - offset, in units of log2.
-
-    `ordered` has the order of `scores`: the integers that they were made of, where no key has a scale of its
-    own. The maximum of three integers is one instruction.
-
-    Returns:
-        probabilities * 2^SHIFT [M, N], the correction [M] of what was summed before, the new running
-        maximum [M] (a whole number, see `reference`), and the sums [M, 8] of the probabilities.
-    """
-    block_max = gl.max(_partial(ordered, True), 1).to(gl.float32)
-    block_max = gl.convert_layout(block_max, factor.type.layout) * factor
-    if OFFSET:
-        block_max -= offset
-    new_max = gl.maximum(row_max, gl.ceil(block_max))
-    shift = new_max
-    if MASKED:
-        shift = gl.where(new_max == float("-inf"), 0.0, new_max)  # a row that has seen no key yet
-    correction = _exp2(row_max - shift)
-    if OFFSET:
-        shift += offset
-    shift -= SHIFT
-    p = _exp2(scores * factor[:, None] - shift[:, None])
-    return p, correction, new_max, _partial(p, False)
-
-
-@gluon.jit
-def _cut(scores, count):
-    """`scores` [M, N] of each row's first `count` [M] keys, -Inf beyond."""
-    columns = gl.arange(0, scores.shape[1], gl.SliceLayout(0, scores.type.layout))
-    # A thread's columns differ from another's in bits 1 and 2 only: with these on the other side, what is
-    # compared are constants, which take no registers.
-    real = (columns & ~6)[None, :] < count[:, None] - (columns & 6)[None, :]
-    return gl.where(real, scores, float("-inf"))
-
-
-@gluon.jit
-def _rescaled(x, correction):
-    """Rows of `x` [M, N] times `correction` [M]."""
-    return x * gl.convert_layout(correction, gl.SliceLayout(1, x.type.layout))[:, None]
-
-
-@gluon.jit
-def _block_count(start, stop, N: gl.constexpr):
-    return gl.maximum(stop - start + N - 1, 0) // N
-
-
-@gluon.jit
-def _first_key(block, blocks_a, start_a, start_b, N: gl.constexpr):
-    """First key of a block; the first `blocks_a` blocks start at `start_a`, the others at `start_b`."""
-    return gl.where(block < blocks_a, start_a + block * N, start_b + (block - blocks_a) * N)
-
-
-@gluon.jit
-def _diagonal(position, setting):
-    """First key of the diagonal tiles of the query at `position`, and the one behind the last.
-
-    Without diagonal tiles, a place that no key is at.
-    """
-    tile = position & -setting.PRECISION_TILE
-    start, stop = 0x7FFFFF00, 0x7FFFFF00
-    if setting.DIAGONAL > 0:
-        start = gl.maximum(tile + setting.PRECISION_TILE - setting.DIAGONAL, setting.SINK)
-        stop = gl.maximum(tile + setting.DIAGONAL, setting.SINK)
-    return start, stop
 
 
 @gluon.jit
@@ -306,65 +139,10 @@ def _get(memory, place: gl.constexpr, dtype: gl.constexpr):
 
 
 @gluon.jit
-def _tile_count(tiles):
-    """How many of `tiles` this program does."""
-    programs = gl.num_programs(0)
-    rounds = tiles // programs
-    return rounds + (_tile_of(rounds) < tiles).to(gl.int32)
-
-
-@gluon.jit
-def _tile_of(round):
-    """The tile that this program does in one round; every other round goes backwards.
-
-    Tiles are ordered by length, and so no program has the longest of every round.
-    """
-    programs, program = gl.num_programs(0), gl.program_id(0)
-    return round * programs + gl.where(round % 2 == 0, program, programs - 1 - program)
-
-
-@gluon.jit
-def _work(tile, batches, blocks_m, ranges, query_length, key_length, setting):
-    """The `_Work` of one tile."""
-    # heads vary fastest and query blocks run from the last to the first: the longest rows of all heads
-    # start together, and the short ones fill the gaps at the end
-    head = tile % setting.HEADS
-    tile = tile // setting.HEADS
-    batch = tile % batches
-    block_m = blocks_m - 1 - tile // batches
-    head_row = batch * (setting.HEADS // setting.GROUP) + head // setting.GROUP
-    first_token = gl.to_tensor(0)
-    count = key_length
-    if setting.RANGES:
-        first_token = gl.load(ranges + batch * 2)
-        count = gl.load(ranges + batch * 2 + 1) - first_token
-
-    # Positions count from the sequence's first real token; & rounds down, negatives too. A consumer's
-    # queries lie in one precision tile, a program's in two at most.
-    query_offset = key_length - query_length - first_token
-    position = (query_offset & -CONSUMER_M) + block_m * BLOCK_M
-    row = position - query_offset
-    limit = gl.minimum(count, position + BLOCK_M) if setting.CAUSAL else count
-    limit = gl.where((row < query_length) & (row + BLOCK_M > 0), limit, 0)
-    diagonal_start, low_resume = _diagonal(position, setting)
-    low_stop, diagonal_stop = _diagonal(position + BLOCK_M - CONSUMER_M, setting)
-    high_a = _block_count(0, gl.minimum(setting.SINK, limit), HIGH_N)
-    high_blocks = high_a + _block_count(diagonal_start, gl.minimum(diagonal_stop, limit), HIGH_N)
-    low_a = _block_count(setting.SINK, gl.minimum(low_stop, limit), LOW_N)
-    low_blocks = low_a
-    if not setting.CAUSAL:
-        low_blocks += _block_count(low_resume, limit, LOW_N)
-    return _Work(  # type: ignore[call-arg]  # see `_record`
-        batch, head, head_row, row, position, first_token, count,
-        high_a, high_blocks, gl.to_tensor(diagonal_start), low_a, low_blocks, gl.to_tensor(low_resume),
-    )  # fmt: skip
-
-
-@gluon.jit
 def _stage_tile(smem, dtype: gl.constexpr, N: gl.constexpr, D: gl.constexpr):
     """A stage's memory as a tile [1, 1, N, D]."""
     LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([1, 1, N, D], dtype)
-    return _reinterpret(smem, dtype, [1, 1, N, D], LAYOUT)
+    return reinterpret(smem, dtype, [1, 1, N, D], LAYOUT)
 
 
 @gluon.jit
@@ -389,14 +167,14 @@ def _load_block(
     mbarrier.wait(memory.empty.index(stage), ((step // STAGES) & 1) ^ 1)
     mbarrier.expect(bar, key_desc.block_type.nbytes + value_desc.block_type.nbytes + SCALE_BYTES)
     key_smem = _stage_tile(memory.key.index(stage), key_desc.dtype, N, setting.D)
-    _tma_load(key_desc, [work.batch, kv_head, key_row, 0], bar, key_smem)
+    tma_load(key_desc, [work.batch, kv_head, key_row, 0], bar, key_smem)
     if KEY_SCALE:
-        _tma_load(scale_desc, [work.head_row, key_row], bar, memory.key_scale.index(stage))
+        tma_load(scale_desc, [work.head_row, key_row], bar, memory.key_scale.index(stage))
     value_smem = _value_tile(memory.value.index(stage), setting.FP8_PV, N, setting.D)
     if setting.FP8_PV:
-        _tma_load(value_desc, [work.batch, kv_head, 0, value_row], bar, value_smem)
+        tma_load(value_desc, [work.batch, kv_head, 0, value_row], bar, value_smem)
     else:
-        _tma_load(value_desc, [work.batch, kv_head, value_row, 0], bar, value_smem)
+        tma_load(value_desc, [work.batch, kv_head, value_row, 0], bar, value_smem)
 
 
 @gluon.jit
@@ -405,21 +183,21 @@ def _producer(
     batches, blocks_m, ranges, query_length, key_length, setting,
 ):  # fmt: skip
     step = 0
-    for round in range(_tile_count(setting.HEADS * batches * blocks_m)):
-        work = _work(_tile_of(round), batches, blocks_m, ranges, query_length, key_length, setting)
+    for round in range(tile_count(setting.HEADS * batches * blocks_m)):
+        work = tile_work(tile_of(round), batches, blocks_m, ranges, query_length, key_length, setting)
         kv_head = work.head // setting.GROUP
         # quantised tensors start at the sequence's first real token, the given K and V at the padding
         high_token = work.first_token if setting.HIGH_RAW else 0
         value_token = 0 if setting.FP8_PV else work.first_token
         for block in range(work.high_blocks):
-            first = _first_key(block, work.high_a, 0, work.diagonal_start, HIGH_N)
+            first = first_key(block, work.high_a, 0, work.diagonal_start, HIGH_N)
             _load_block(
                 high_key_desc, scale_desc, high_value_desc, memory, step, work, kv_head,
                 high_token + first, value_token + first, HIGH_N, not setting.HIGH_RAW, setting,
             )  # fmt: skip
             step += 1
         for block in range(work.low_blocks):
-            first = _first_key(block, work.low_a, setting.SINK, work.low_resume, LOW_N)
+            first = first_key(block, work.low_a, setting.SINK, work.low_resume, LOW_N)
             _load_block(
                 low_key_desc, scale_desc, low_value_desc, memory, step, work, kv_head,
                 first, value_token + first, LOW_N, not setting.TILE_SCALE, setting,
@@ -489,8 +267,8 @@ def _low_query(
         finite = token_max.to(gl.int32, bitcast=True) < 0x7F800000
         memory.rows.index(INDEX * CHUNKS + chunk).store(gl.where(finite, scale, float("nan")))
     fence_async_shared()
-    _sync_threads()
-    row_values = _reinterpret(memory.rows, gl.float32, [2 * CONSUMERS, CONSUMER_M], memory.rows.type.layout)
+    sync_threads()
+    row_values = reinterpret(memory.rows, gl.float32, [2 * CONSUMERS, CONSUMER_M], memory.rows.type.layout)
     offset = gl.full([CONSUMER_M], 0.0, gl.float32, HIGH_ROWS)
     if OFFSET:
         offset = row_values.index(CONSUMERS + INDEX).load(HIGH_ROWS)
@@ -501,7 +279,7 @@ def _low_query(
 def _accumulate(p, correction, value_smem, accumulator, FP8: gl.constexpr):
     """`accumulator` [M, D] times the correction, plus PV of one block."""
     OUT: gl.constexpr = accumulator.type.layout
-    operand = _probability_operand(p, FP8, gl.DotOperandLayout(0, OUT, 4 if FP8 else 2))
+    operand = probability_operand(p, FP8, gl.DotOperandLayout(0, OUT, 4 if FP8 else 2))
     v = _value_tile(value_smem, FP8, p.shape[1], accumulator.shape[1])
     v = v.reshape((v.shape[2], v.shape[3]))
     if FP8:
@@ -509,9 +287,9 @@ def _accumulate(p, correction, value_smem, accumulator, FP8: gl.constexpr):
         # 8,192 tokens one accumulator was 1.8e-2 off, and the more tokens the more.
         zeros = gl.full(accumulator.shape, 0.0, gl.float32, OUT)
         product = warpgroup_mma(operand, v.permute((1, 0)), zeros, use_acc=False)  # stored transposed
-        return _rescaled(accumulator, correction) + product
+        return rescaled(accumulator, correction) + product
     else:
-        return warpgroup_mma(operand, v, _rescaled(accumulator, correction))
+        return warpgroup_mma(operand, v, rescaled(accumulator, correction))
 
 
 @gluon.jit
@@ -538,14 +316,14 @@ def _consumer(
     CHANNELS: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     FLOATS: gl.constexpr = gl.pointer_type(gl.float32)
     raw_query = memory.raw_query.index(INDEX).reshape((M, D))
-    low_queries = _reinterpret(memory.query, LOW_DTYPE, [CONSUMERS, M, D], gl.NVMMASharedLayout(D, 8, 2))
+    low_queries = reinterpret(memory.query, LOW_DTYPE, [CONSUMERS, M, D], gl.NVMMASharedLayout(D, 8, 2))
     low_operand = low_queries.index(INDEX)
     step = 0
     for round in range(_get(memory, TILES, gl.int32)):
         query_length = _get(memory, QUERY_LENGTH, gl.int32)
         key_length = _get(memory, KEY_LENGTH, gl.int32)
-        work = _work(
-            _tile_of(round), _get(memory, BATCHES, gl.int32), _get(memory, BLOCKS_M, gl.int32),
+        work = tile_work(
+            tile_of(round), _get(memory, BATCHES, gl.int32), _get(memory, BLOCKS_M, gl.int32),
             ranges, query_length, key_length, setting,
         )  # fmt: skip
         first_row = work.row + INDEX * M
@@ -553,7 +331,7 @@ def _consumer(
         if setting.HIGH_RAW:
             bar = memory.query_full.index(INDEX)
             mbarrier.expect(bar, query_desc.block_type.nbytes)
-            _tma_load(query_desc, [work.batch, work.head, first_row, 0], bar, memory.raw_query.index(INDEX))
+            tma_load(query_desc, [work.batch, work.head, first_row, 0], bar, memory.raw_query.index(INDEX))
         query_n = _get(memory, QUERY_N, gl.int64) * LOAD
         queries = query + first_row * query_n
         queries += work.batch * (_get(memory, QUERY_B, gl.int64) * LOAD)
@@ -573,7 +351,7 @@ def _consumer(
         if setting.HIGH_RAW:
             mbarrier.wait(memory.query_full.index(INDEX), round & 1)
 
-        my_start, my_stop = _diagonal(first_position, setting)
+        my_start, my_stop = diagonal_keys(first_position, setting)
         limit = gl.minimum(work.count, first_position + M) if setting.CAUSAL else work.count
         limit = gl.where((first_row < query_length) & (first_row + M > 0), limit, 0)
 
@@ -589,7 +367,7 @@ def _consumer(
         else:
             factor = gl.convert_layout(low_factor, HIGH_ROWS)
         for block in range(work.high_blocks):
-            first = _first_key(block, work.high_a, 0, work.diagonal_start, HIGH_N)
+            first = first_key(block, work.high_a, 0, work.diagonal_start, HIGH_N)
             stage = step % STAGES
             mbarrier.wait(memory.full.index(stage), (step // STAGES) & 1)
             if (first < limit) & ((first < setting.SINK) | ((first >= my_start) & (first < my_stop))):
@@ -604,8 +382,8 @@ def _consumer(
                     scores = products.to(gl.float32) * scales.load(gl.SliceLayout(0, HIGH))[None, :]
                 visible_to_all = gl.minimum(work.count, first_position + 1) if setting.CAUSAL else work.count
                 if first + HIGH_N > visible_to_all:
-                    scores = _cut(scores, visible - first)
-                p, correction, row_max, sums = _softmax(
+                    scores = cut_scores(scores, visible - first)
+                p, correction, row_max, sums = softmax_step(
                     scores, scores, factor, offset, row_max, SHIFT, OFFSET, True
                 )
                 row_sum = row_sum * correction + gl.convert_layout(gl.sum(sums, 1), HIGH_ROWS)
@@ -616,7 +394,7 @@ def _consumer(
         # Low tiles, each with at least one key, which every row sees. A thread keeps the sums of the columns
         # that it holds to itself; those of the high tiles join the first column.
         row_max = gl.convert_layout(row_max, ROWS)
-        sums = _partial(gl.full([M, LOW_N], 0.0, gl.float32, LOW), False)
+        sums = joined_by_thread(gl.full([M, LOW_N], 0.0, gl.float32, LOW), False)
         first_column = gl.arange(0, sums.shape[1], gl.SliceLayout(0, sums.type.layout)) == 0
         row_sum = gl.convert_layout(row_sum, gl.SliceLayout(1, sums.type.layout))
         sums = gl.where(first_column[None, :], row_sum[:, None], sums)
@@ -625,7 +403,7 @@ def _consumer(
         low_stop = gl.minimum(my_start, limit)
         head_scales = tile_scale + work.head_row * ((key_length + LOW_N - 1) // LOW_N)
         for block in range(work.low_blocks):
-            first = _first_key(block, work.low_a, setting.SINK, work.low_resume, LOW_N)
+            first = first_key(block, work.low_a, setting.SINK, work.low_resume, LOW_N)
             stage = step % STAGES
             mbarrier.wait(memory.full.index(stage), (step // STAGES) & 1)
             mine = first < low_stop
@@ -643,19 +421,19 @@ def _consumer(
                     scores = scores * key_scale[None, :]
                 if setting.MASK_LOW:  # noqa: SIM102 - one condition is the compiler's, the other the GPU's
                     if first + LOW_N > work.count:
-                        scores = _cut(scores, gl.full([M], 0, gl.int32, ROWS) + (work.count - first))
+                        scores = cut_scores(scores, gl.full([M], 0, gl.int32, ROWS) + (work.count - first))
                 ordered = products if setting.INT8 and setting.TILE_SCALE and not setting.MASK_LOW else scores
-                p, correction, row_max, more = _softmax(
+                p, correction, row_max, more = softmax_step(
                     scores, ordered, block_factor, no_offset, row_max, SHIFT, False, False
                 )
-                sums = _rescaled(sums, correction) + more
+                sums = rescaled(sums, correction) + more
                 accumulator = _accumulate(p, correction, memory.value.index(stage), accumulator, FP8)
             mbarrier.arrive(memory.empty.index(stage), count=1)
             step += 1
 
         # a row that saw no key is zeros, as in SDPA; NaN sums stay NaN
         row_sum = gl.convert_layout(gl.sum(sums, 1), ROWS)
-        accumulator = _rescaled(accumulator, 1.0 / gl.where(row_sum == 0.0, 1.0, row_sum))
+        accumulator = rescaled(accumulator, 1.0 / gl.where(row_sum == 0.0, 1.0, row_sum))
         if FP8:
             channel_scale = memory.channels.index(INDEX).load(gl.SliceLayout(0, OUT))
             accumulator = accumulator * channel_scale[None, :]
@@ -666,7 +444,7 @@ def _consumer(
         # Through the query's own shared memory, which is free now, rows become contiguous. They are not
         # stored by the copy engine: a store that starts at a negative row is an illegal instruction.
         raw_query.store(accumulator.to(raw_query.dtype))
-        _sync_threads()
+        sync_threads()
         TILE: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
         row = first_row + gl.arange(0, M, gl.SliceLayout(1, TILE))
         query_length = _get(memory, QUERY_LENGTH, gl.int32)
@@ -676,7 +454,7 @@ def _consumer(
         gl.store(pointers, raw_query.load(TILE), mask=gl.broadcast(real[:, None], pointers)[0])
         # the copy engine writes there next
         fence_async_shared()
-        _sync_threads()
+        sync_threads()
 
 
 @gluon.jit
@@ -707,7 +485,7 @@ def _hopper_kernel(
     RANGES: gl.constexpr, PRECISION_TILE: gl.constexpr, DIAGONAL: gl.constexpr, SINK: gl.constexpr,
     STAGES: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    setting = _Setting(  # type: ignore[call-arg]  # see `_record`
+    setting = Setting(  # type: ignore[call-arg]  # see `record`
         HEADS, GROUP, D, CAUSAL, SMOOTH, INT8, HIGH_RAW, MASK_LOW, TILE_SCALE, FP8_PV, SMOOTH_VALUE, RANGES,
         PRECISION_TILE, DIAGONAL, SINK,
     )  # fmt: skip
@@ -724,7 +502,7 @@ def _hopper_kernel(
         key_scale = _tiles(scale_desc, STAGES)
     value = _tiles(low_value_desc, STAGES)
     arguments = gl.allocate_shared_memory(gl.int64, [ARGUMENTS, 1], PLAIN)
-    _put(arguments, TILES, _tile_count(HEADS * batches * blocks_m))
+    _put(arguments, TILES, tile_count(HEADS * batches * blocks_m))
     _put(arguments, BATCHES, batches)
     _put(arguments, BLOCKS_M, blocks_m)
     _put(arguments, QUERY_LENGTH, query_length)
@@ -737,7 +515,7 @@ def _hopper_kernel(
     _put(arguments, VALUE_MEAN, value_mean)
     query_full = _barriers(CONSUMERS, 1)
     full, empty = _barriers(STAGES, 1), _barriers(STAGES, CONSUMERS)
-    memory = _Memory(  # type: ignore[call-arg]  # see `_record`
+    memory = _Memory(  # type: ignore[call-arg]  # see `record`
         raw_query, low_query, rows, channels, key, key_scale, value, arguments, query_full, full, empty
     )
     fence_async_shared()
