@@ -77,9 +77,8 @@ def diagonal_tiled_attention(
             raise TypeError(f"sliding_window={sliding_window!r} must be an int (tokens)")
         if sliding_window < 1:
             raise ValueError(f"sliding_window={sliding_window} must be at least 1 token")
+    check_modifiers(query, key, attn_mask, sinks)
     ranges = None
-    if not (attn_mask is None and sinks is None):
-        check_modifiers(query, key, attn_mask, sinks)
     if not (padding_mask is None and sequence_ids is None and sliding_window is None):
         reach = None if sliding_window is None else sliding_window - causal
         ranges = query_ranges(
@@ -93,8 +92,7 @@ def diagonal_tiled_attention(
             batch=query.shape[0],
             device=query.device,
         )
-    unmodified = ranges is None and attn_mask is None and softcap is None and sinks is None
-    modifiers = NO_MODIFIERS if unmodified else Modifiers(ranges, attn_mask, softcap, sinks)
+    modifiers = Modifiers(ranges, attn_mask, softcap, sinks)
     config = config.for_layer(None)
     return attend(query, key, value, causal=causal, scale=scale, config=config, modifiers=modifiers)
 
@@ -212,8 +210,6 @@ def check_inputs(query: Tensor, key: Tensor, value: Tensor) -> None:
             )
         if tensor.dtype not in INPUT_DTYPES:
             raise TypeError(f"{name} has dtype {tensor.dtype}; accepted are bfloat16, float16 and float32")
-        if tensor is query:
-            continue
         if tensor.dtype != query.dtype:
             raise TypeError(f"{name} has dtype {tensor.dtype}, query has {query.dtype}; they must agree")
         if tensor.device != query.device:

@@ -39,14 +39,15 @@ from .hopper_work import (
     tile_count,
     tile_of,
     tile_work,
+    visible_keys,
 )
 from .launching import Launches
 from .quantize import QuantizedKey
 from .quantize_value import QuantizedValue
 
-STAGES = 2
+STAGES = gl.constexpr(2)
 """Blocks in flight. Four were no faster at any length: 1 to 3 % slower at 16k."""
-CONSUMER_REGISTERS, PRODUCER_REGISTERS = 160, 24
+CONSUMER_REGISTERS, PRODUCER_REGISTERS = gl.constexpr(160), gl.constexpr(24)
 """Of a thread. Three consumers have no more, and head dimension 128 needs them all."""
 CHUNK = gl.constexpr(16)
 """Queries that a consumer quantises at a time."""
@@ -128,14 +129,14 @@ def _put(arguments, place: gl.constexpr, number):
 
 
 @gluon.jit
-def _get(memory, place: gl.constexpr, dtype: gl.constexpr):
+def _get(arguments, place: gl.constexpr, dtype: gl.constexpr):
     """A number or an address from shared memory.
 
     A consumer gets here what it needs between its loops only. As its arguments, these would take registers
     that the loops do not have: 14 loads and stores of spilt registers in every step of the long loop.
     """
     ONE: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-    return gl.max(memory.arguments.index(place).load(ONE), 0).to(dtype)
+    return gl.max(arguments.index(place).load(ONE), 0).to(dtype)
 
 
 @gluon.jit
@@ -160,7 +161,6 @@ def _load_block(
     N: gl.constexpr, KEY_SCALE: gl.constexpr, setting,
 ):  # fmt: skip
     """Ask for K and V of one block, as soon as all consumers have left its place."""
-    STAGES: gl.constexpr = memory.key.shape[0]
     SCALE_BYTES: gl.constexpr = scale_desc.block_type.nbytes if KEY_SCALE else 0
     stage = step % STAGES
     bar = memory.full.index(stage)
@@ -302,7 +302,6 @@ def _consumer(
     FP8: gl.constexpr = setting.FP8_PV
     # E4M3 holds 448; probabilities times 2^8 use its range (`reference.FP8_PROBABILITY_SCALE`)
     SHIFT: gl.constexpr = 8 if FP8 else 0
-    STAGES: gl.constexpr = memory.key.shape[0]
     OFFSET: gl.constexpr = setting.SMOOTH and setting.HIGH_RAW
     LOW: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, LOW_N, 32])
     HIGH_K: gl.constexpr = 16 if setting.HIGH_RAW else 32
@@ -318,12 +317,13 @@ def _consumer(
     raw_query = memory.raw_query.index(INDEX).reshape((M, D))
     low_queries = reinterpret(memory.query, LOW_DTYPE, [CONSUMERS, M, D], gl.NVMMASharedLayout(D, 8, 2))
     low_operand = low_queries.index(INDEX)
+    arguments = memory.arguments
     step = 0
-    for round in range(_get(memory, TILES, gl.int32)):
-        query_length = _get(memory, QUERY_LENGTH, gl.int32)
-        key_length = _get(memory, KEY_LENGTH, gl.int32)
+    for round in range(_get(arguments, TILES, gl.int32)):
+        query_length = _get(arguments, QUERY_LENGTH, gl.int32)
+        key_length = _get(arguments, KEY_LENGTH, gl.int32)
         work = tile_work(
-            tile_of(round), _get(memory, BATCHES, gl.int32), _get(memory, BLOCKS_M, gl.int32),
+            tile_of(round), _get(arguments, BATCHES, gl.int32), _get(arguments, BLOCKS_M, gl.int32),
             ranges, query_length, key_length, setting,
         )  # fmt: skip
         first_row = work.row + INDEX * M
@@ -332,17 +332,17 @@ def _consumer(
             bar = memory.query_full.index(INDEX)
             mbarrier.expect(bar, query_desc.block_type.nbytes)
             tma_load(query_desc, [work.batch, work.head, first_row, 0], bar, memory.raw_query.index(INDEX))
-        query_n = _get(memory, QUERY_N, gl.int64) * LOAD
+        query_n = _get(arguments, QUERY_N, gl.int64) * LOAD
         queries = query + first_row * query_n
-        queries += work.batch * (_get(memory, QUERY_B, gl.int64) * LOAD)
-        queries += work.head * (_get(memory, QUERY_H, gl.int64) * LOAD)
+        queries += work.batch * (_get(arguments, QUERY_B, gl.int64) * LOAD)
+        queries += work.head * (_get(arguments, QUERY_H, gl.int64) * LOAD)
         # read here, long before the end, where they are needed
         channel = work.head_row * D + gl.arange(0, D, CHANNELS)
         if FP8:
-            memory.channels.index(INDEX).store(gl.load(_get(memory, VALUE_SCALE, FLOATS) + channel))
+            memory.channels.index(INDEX).store(gl.load(_get(arguments, VALUE_SCALE, FLOATS) + channel))
         if setting.SMOOTH_VALUE:
             memory.channels.index(CONSUMERS + INDEX).store(
-                gl.load(_get(memory, VALUE_MEAN, FLOATS) + channel)
+                gl.load(_get(arguments, VALUE_MEAN, FLOATS) + channel)
             )
         low_factor, offset = _low_query(
             queries, query_n, -first_row, query_length - first_row, mean + work.head_row * D, scale_log2e,
@@ -352,8 +352,7 @@ def _consumer(
             mbarrier.wait(memory.query_full.index(INDEX), round & 1)
 
         my_start, my_stop = diagonal_keys(first_position, setting)
-        limit = gl.minimum(work.count, first_position + M) if setting.CAUSAL else work.count
-        limit = gl.where((first_row < query_length) & (first_row + M > 0), limit, 0)
+        limit = visible_keys(first_row, first_position, M, query_length, work.count, setting)
 
         # High tiles first: they hold most rows' largest scores, so the running maximum settles early.
         row_max = gl.full([M], float("-inf"), gl.float32, HIGH_ROWS)
@@ -447,7 +446,7 @@ def _consumer(
         sync_threads()
         TILE: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
         row = first_row + gl.arange(0, M, gl.SliceLayout(1, TILE))
-        query_length = _get(memory, QUERY_LENGTH, gl.int32)
+        query_length = _get(arguments, QUERY_LENGTH, gl.int32)
         row_out = (work.batch.to(gl.int64) * query_length + row) * setting.HEADS + work.head
         pointers = out + row_out[:, None] * D + gl.arange(0, D, gl.SliceLayout(0, TILE))[None, :]
         real = (row >= 0) & (row < query_length)
@@ -483,7 +482,6 @@ def _hopper_kernel(
     INT8: gl.constexpr, HIGH_RAW: gl.constexpr, MASK_LOW: gl.constexpr, TILE_SCALE: gl.constexpr,
     FP8_PV: gl.constexpr, SMOOTH_VALUE: gl.constexpr,
     RANGES: gl.constexpr, PRECISION_TILE: gl.constexpr, DIAGONAL: gl.constexpr, SINK: gl.constexpr,
-    STAGES: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     setting = Setting(  # type: ignore[call-arg]  # see `record`
         HEADS, GROUP, D, CAUSAL, SMOOTH, INT8, HIGH_RAW, MASK_LOW, TILE_SCALE, FP8_PV, SMOOTH_VALUE, RANGES,
@@ -612,7 +610,6 @@ def attend_hopper(
         INT8=low.kind == "int8", HIGH_RAW=high.elements is None, MASK_LOW=mask_low, TILE_SCALE=tile_scale,
         FP8_PV=value_scale is not None, SMOOTH_VALUE=value_mean is not None, RANGES=key_ranges is not None,
         PRECISION_TILE=config.tile, DIAGONAL=diagonal, SINK=sink,
-        STAGES=STAGES, CONSUMER_REGISTERS=CONSUMER_REGISTERS, PRODUCER_REGISTERS=PRODUCER_REGISTERS,
         num_warps=4,
     )  # fmt: skip
     return out

@@ -86,6 +86,13 @@ def diagonal_keys(position, setting):
 
 
 @gluon.jit
+def visible_keys(row, position, M: gl.constexpr, query_length, count, setting):
+    """How many of a sequence's `count` keys any of M queries sees; 0 where none of these queries exists."""
+    limit = gl.minimum(count, position + M) if setting.CAUSAL else count
+    return gl.where((row < query_length) & (row + M > 0), limit, 0)
+
+
+@gluon.jit
 def tile_count(tiles):
     """How many of `tiles` this program does."""
     programs = gl.num_programs(0)
@@ -124,8 +131,7 @@ def tile_work(tile, batches, blocks_m, ranges, query_length, key_length, setting
     query_offset = key_length - query_length - first_token
     position = (query_offset & -CONSUMER_M) + block_m * BLOCK_M
     row = position - query_offset
-    limit = gl.minimum(count, position + BLOCK_M) if setting.CAUSAL else count
-    limit = gl.where((row < query_length) & (row + BLOCK_M > 0), limit, 0)
+    limit = visible_keys(row, position, BLOCK_M, query_length, count, setting)
     diagonal_start, low_resume = diagonal_keys(position, setting)
     low_stop, diagonal_stop = diagonal_keys(position + BLOCK_M - CONSUMER_M, setting)
     high_a = _block_count(0, gl.minimum(setting.SINK, limit), HIGH_N)

@@ -112,12 +112,11 @@ def shares_scale(format):
 
 @triton.jit
 def quantize_rows(
-    x, ROWS: tl.constexpr, COLUMNS: tl.constexpr, FORMAT: tl.constexpr, CEIL: tl.constexpr,
-    KEYS: tl.constexpr = False,
+    x, ROWS: tl.constexpr, COLUMNS: tl.constexpr, FORMAT: tl.constexpr, CEIL: tl.constexpr
 ):  # fmt: skip
     """Quantise rows (tokens) of `x` [ROWS, COLUMNS], float32. The twin of `dma_hf.quantize`.
 
-    KEYS: rows are keys, and all of them share a scale where the format says so.
+    Every row for itself, as queries are, and keys but where they share a scale (`quantize_tile`).
 
     Returns:
         scaled: [ROWS, COLUMNS / block, block] float32, values divided by their scales, not rounded yet.
@@ -154,10 +153,7 @@ def quantize_rows(
         scale = tl.where(good, scale, float("nan"))
     else:
         token_max = tl.max(block_max, 1)
-        scale_max = token_max
-        if KEYS and shares_scale(FORMAT):
-            scale_max = tl.zeros_like(token_max) + tl.max(tl.where(is_finite(token_max), token_max, 0.0), 0)
-        token_scale = tl.maximum(tl.div_rn(scale_max, element_max(FORMAT)), SMALLEST_SCALE)
+        token_scale = tl.maximum(tl.div_rn(token_max, element_max(FORMAT)), SMALLEST_SCALE)
         divisor = tl.expand_dims(token_scale, 1)
         inverse = tl.div_rn(1.0 + tl.zeros_like(divisor), divisor)
         scaled = divide(blocks, tl.expand_dims(divisor, 2), tl.expand_dims(inverse, 2))
@@ -165,6 +161,12 @@ def quantize_rows(
         token_scale = tl.where(is_finite(token_max), token_scale, float("nan"))
     scaled = tl.where(tl.expand_dims(good, 2), scaled, 0.0)  # the scale carries the NaN
     return scaled, code, scale, token_scale
+
+
+@triton.jit
+def round_number(x, ELEMENT: tl.constexpr):
+    """`round_element`, for E4M3 with the hardware's conversion where there is one."""
+    return round_e4m3(x) if ELEMENT == "e4m3" else round_element(x, ELEMENT)
 
 
 @triton.jit
@@ -187,7 +189,10 @@ def quantize_tile(x, FORMAT: tl.constexpr, KIND: tl.constexpr):
         x = tl.where(good[:, None], x, 0.0)
     scale = tl.maximum(tl.div_rn(largest.to(tl.float32, bitcast=True), element_max(FORMAT)), SMALLEST_SCALE)
     x = divide(x, scale, tl.div_rn(tl.full((), 1.0, tl.float32), scale))
-    tile = int8_code(x) if KIND == "int8" else to_e4m3(x)
+    if KIND == "16bit":
+        tile = round_number(x, element_of(FORMAT)).to(tl.bfloat16)
+    else:
+        tile = int8_code(x) if KIND == "int8" else to_e4m3(x)
     return tile, tl.where(largest < 0, 0.0, scale), bad
 
 
@@ -227,10 +232,7 @@ def multiplicand(
             tile = tile.to(tl.float8e4nv, bitcast=True)
     elif KIND == "16bit":
         # token scales stay out: they are no powers of two, so the product would need rounding
-        if ELEMENT == "e4m3":
-            rounded = round_e4m3(scaled)
-        else:
-            rounded = round_element(scaled, ELEMENT)
+        rounded = round_number(scaled, ELEMENT)
         tile = tl.reshape(rounded * tl.expand_dims(scale, 2), (ROWS, COLUMNS)).to(tl.bfloat16)
     elif KIND == "int8":
         # no clamp: a scale is the largest magnitude / 127, and its rounding takes no quotient to 127.5

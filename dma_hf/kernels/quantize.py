@@ -121,12 +121,12 @@ def _store_operand(
     CEIL: tl.constexpr,
 ):
     """Quantise ROWS tokens and write one operand. row0: the first one's row among those of all heads."""
-    if shares_scale(FORMAT) and KIND != "16bit":
+    if shares_scale(FORMAT):
         tl.static_assert(ROWS == TILE)
         tile, tile_scale, bad = quantize_tile(x, FORMAT, KIND)
         tl.store(scale_out + row0 // TILE, tile_scale)
     else:
-        scaled, code, scale, token_scale = quantize_rows(x, ROWS, COLUMNS, FORMAT, CEIL, True)
+        scaled, code, scale, token_scale = quantize_rows(x, ROWS, COLUMNS, FORMAT, CEIL)
         bad_tokens = tl.max((code == 255).to(tl.int32), 1) | (token_scale != token_scale).to(tl.int32)
         bad = tl.max(bad_tokens, 0) > 0
         tile, token_scale = multiplicand(
@@ -136,9 +136,7 @@ def _store_operand(
             tl.store(scale_out + row0 + tl.arange(0, ROWS), token_scale)
         elif scale_granularity(FORMAT, KIND) == "tile":
             tl.static_assert(ROWS == TILE)
-            # a token with a NaN or Inf has NaN for its own scale
-            known = tl.where(token_scale == token_scale, token_scale, 0.0)
-            tl.store(scale_out + row0 // TILE, tl.max(known, 0))
+            tl.store(scale_out + row0 // TILE, tl.max(token_scale, 0))
     if bad_key is not None:  # noqa: SIM102 - one condition is the compiler's, the other the GPU's
         if bad:
             tl.atomic_max(bad_key, 1)
